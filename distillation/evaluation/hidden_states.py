@@ -1,0 +1,155 @@
+"""How far each student block is from the teacher block it was taught by.
+
+Both sides are raw block outputs, before the final norm, read through ``BlockStack``. The student's
+goes through its stitching layer first. This file fits a stitch by least squares where a run saved
+none, and never trains anything.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from cleangpt.blocks import BlockStack
+from distillation.evaluation.results import BlockError
+from distillation.evaluation.scoring_windows import WindowBatch
+
+Stitch = Callable[[Tensor], Tensor]
+BlockPairs = list[tuple[Tensor, Tensor]]
+
+
+@dataclass
+class ErrorSums:
+    """Running sums over positions, in float64."""
+
+    num_positions: int = 0
+    squared_error: float = 0.0
+    cosine: float = 0.0
+    target_sum: Tensor = field(default_factory=lambda: torch.zeros(()))
+    target_squares: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+    def add(
+        self,
+        student: Float[Tensor, "positions d_teacher"],
+        teacher: Float[Tensor, "positions d_teacher"],
+    ) -> None:
+        """Add positions whose student side is already stitched."""
+        student, teacher = student.double().cpu(), teacher.double().cpu()
+        self.num_positions += len(teacher)
+        self.squared_error += (student - teacher).square().sum().item()
+        self.cosine += F.cosine_similarity(student, teacher, dim=-1).sum().item()
+        self.target_sum = self.target_sum + teacher.sum(0)
+        self.target_squares = self.target_squares + teacher.square().sum(0)
+
+    def result(self, student_block: int, teacher_block: int) -> BlockError:
+        """Return the errors; relative to the teacher's mean per channel."""
+        count = max(self.num_positions, 1)
+        variance_sum = (self.target_squares - self.target_sum.square() / count).sum().item()
+        relative = self.squared_error / variance_sum if variance_sum > 0 else float("nan")
+        if self.squared_error == 0.0:
+            relative = 0.0
+        return BlockError(
+            student_block=student_block,
+            teacher_block=teacher_block,
+            mse=self.squared_error / (count * max(self.target_sum.numel(), 1)),
+            relative_error=relative,
+            cosine=self.cosine / count,
+        )
+
+
+class LeastSquaresStitch:
+    """A linear map with bias, W = (X'X + R)^-1 X'Y, from streaming sums.
+
+    ``stitching_layers.least_squares_stitch`` needs all states of a block at once; this needs only
+    sums, for all blocks of a pass. The ridge R is a millionth of the diagonal of X'X, channel by
+    channel, so that outlier channels do not set it: it only makes the solution exist when channels
+    are constant or positions are few.
+    """
+
+    def __init__(self) -> None:
+        self.gram: Tensor | None = None
+        self.cross: Tensor | None = None
+        self.weight: Tensor | None = None
+
+    def add(
+        self,
+        student: Float[Tensor, "positions d_student"],
+        teacher: Float[Tensor, "positions d_teacher"],
+    ) -> None:
+        """Add positions to fit on."""
+        inputs = _with_ones(student)
+        gram, cross = inputs.T @ inputs, inputs.T @ teacher.double().cpu()
+        self.gram = gram if self.gram is None else self.gram + gram
+        self.cross = cross if self.cross is None else self.cross + cross
+
+    def solve(self) -> None:
+        """Fix the weight; ``__call__`` works from now on."""
+        assert self.gram is not None, "solve() before add()"
+        assert self.cross is not None, "solve() before add()"
+        ridge = torch.diag(1e-6 * self.gram.diagonal() + 1e-12)
+        self.weight = torch.linalg.solve(self.gram + ridge, self.cross)
+
+    def __call__(
+        self, student: Float[Tensor, "positions d_student"]
+    ) -> Float[Tensor, "positions d_teacher"]:
+        """Apply the fitted map."""
+        assert self.weight is not None, "solve() comes first"
+        return _with_ones(student) @ self.weight
+
+
+def _with_ones(student: Tensor) -> Tensor:
+    """Append the constant 1 that carries the bias."""
+    return F.pad(student.double().cpu(), (0, 1), value=1.0)
+
+
+@torch.no_grad()
+def block_pairs(
+    student: BlockStack, teacher: BlockStack, layer_map: Sequence[int], batch: WindowBatch
+) -> BlockPairs:
+    """Return (student, teacher) states per student block at the positions that count.
+
+    Positions are those scored, so where windows overlap none is counted twice.
+    """
+    own, theirs = _states(student, batch), _states(teacher, batch)
+    return [
+        (own[index + 1][batch.scored], theirs[teacher_block + 1][batch.scored])
+        for index, teacher_block in enumerate(layer_map)
+    ]
+
+
+def _states(stack: BlockStack, batch: WindowBatch) -> list[Tensor]:
+    states = stack.block_hidden_states(
+        batch.input_ids.to(stack.device), batch.valid.long().to(stack.device)
+    )
+    return [state.float().cpu() for state in states]
+
+
+@torch.no_grad()
+def measure_blocks(
+    pairs: Iterable[BlockPairs], layer_map: Sequence[int], stitches: Sequence[Stitch]
+) -> tuple[list[BlockError], int]:
+    """Return the error of every block through its stitch, and the positions measured."""
+    sums = [ErrorSums() for _ in layer_map]
+    for batch_pairs in pairs:
+        for block_sums, stitch, (own, theirs) in zip(sums, stitches, batch_pairs, strict=True):
+            block_sums.add(stitch(own), theirs)
+    blocks = [
+        block_sums.result(index, teacher_block)
+        for index, (block_sums, teacher_block) in enumerate(zip(sums, layer_map, strict=True))
+    ]
+    return blocks, sums[0].num_positions if sums else 0
+
+
+@torch.no_grad()
+def fit_stitches(pairs: Iterable[BlockPairs], num_blocks: int) -> list[LeastSquaresStitch]:
+    """Return the least-squares stitch of every block."""
+    stitches = [LeastSquaresStitch() for _ in range(num_blocks)]
+    for batch_pairs in pairs:
+        for stitch, (own, theirs) in zip(stitches, batch_pairs, strict=True):
+            stitch.add(own, theirs)
+    for stitch in stitches:
+        stitch.solve()
+    return stitches

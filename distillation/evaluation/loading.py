@@ -1,0 +1,321 @@
+"""Find and load the model that a path names: a checkpoint, a run, or a HuggingFace folder.
+
+A student loads strictly: a missing or unexpected tensor is an error, since a model that is partly
+random still produces plausible numbers.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import model as students
+from cleangpt.errors import CheckpointError, InputError, UsageError
+from cleangpt.hub import local_path
+from cleangpt.teacher import load_teacher
+from distillation.utils.checkpoint import load_checkpoint
+from stitching_layers import StitchingLayers, load_stitches
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT_NAME = "student_model_final_distilled.pt"
+STITCHES_NAME = "stitching_layers.safetensors"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model to evaluate, and what lies beside it.
+
+    Args:
+        model: In eval mode, fp32, on the device.
+        name: For tables.
+        source: The path or name it was loaded from.
+        run_dir: The run it belongs to; where ``evaluation`` goes by default.
+        stitches: The run's stitching layers, if saved.
+        vocabulary: Token to id, if a tokenizer lies beside it.
+        notes: What the report must say about it, such as an unfinished run.
+    """
+
+    model: nn.Module
+    name: str
+    source: str
+    run_dir: Path
+    stitches: StitchingLayers | None = None
+    vocabulary: dict[str, int] | None = None
+    notes: tuple[str, ...] = ()
+
+
+def load_model(
+    name: str,
+    *,
+    model_type: str | None = None,
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+    flag: str = "--model_path",
+) -> LoadedModel:
+    """Load what ``name`` stands for.
+
+    Args:
+        name: A ``.pt`` checkpoint, a run directory, a HuggingFace folder, a ``.gguf`` file, or any
+            name that works for a teacher.
+        model_type: The kind of student expected; None takes what is saved.
+        device: Where the model goes.
+        trust_remote_code: Whether code inside a HuggingFace folder may run.
+        flag: The flag ``name`` came from, for messages.
+
+    Raises:
+        InputError: If there is no model, or not one that can be used.
+        CheckpointError: If a file is damaged, foreign, or of an unfinished run.
+        UsageError: If ``model_type`` is not the saved type.
+    """
+    path = local_path(name, flag=flag, suffixes=(".pt", ".gguf"))
+    if path is None or path.suffix == ".gguf":
+        return _load_like_teacher(name, device, trust_remote_code)
+    location = _locate(path)
+    if location.suffix == ".gguf":
+        return _load_like_teacher(str(location), device, trust_remote_code)
+    run_dir = location.parent
+    if location.is_dir():
+        loaded, label = _load_folder(location, model_type, trust_remote_code), _label(location)
+    else:
+        loaded, label = _load_pt(location, model_type)
+    folder = location if location.is_dir() else run_dir / "final"
+    is_run = not location.is_dir() or location.name == "final"
+    return LoadedModel(
+        model=loaded.to(device).eval(),
+        name=label,
+        source=str(location),
+        run_dir=run_dir,
+        stitches=_stitches_of(run_dir) if is_run else None,
+        vocabulary=_vocabulary_of(folder),
+        notes=_run_notes(run_dir) if is_run else (),
+    )
+
+
+def _load_like_teacher(
+    name: str, device: torch.device | str, trust_remote_code: bool
+) -> LoadedModel:
+    teacher = load_teacher(name, device=device, trust_remote_code=trust_remote_code)
+    vocabulary = dict(teacher.tokenizer.get_vocab())
+    return LoadedModel(teacher.model, teacher.name, teacher.source, Path(), None, vocabulary)
+
+
+def _locate(path: Path) -> Path:
+    """The checkpoint file or HuggingFace folder that a path means."""
+    if path.is_file():
+        return path
+    if (path / "final" / "config.json").is_file():
+        return path / "final"
+    if (path / CHECKPOINT_NAME).is_file():
+        return path / CHECKPOINT_NAME
+    if (path / "manifest.json").is_file():
+        raise CheckpointError(
+            f"{path} is an unfinished run: it holds neither final/ nor {CHECKPOINT_NAME}.",
+            "Let the run finish, or name one of its .pt checkpoints.",
+        )
+    if (path / "config.json").is_file():
+        return path
+    gguf = sorted(path.glob("*.gguf"))
+    if len(gguf) == 1:
+        return gguf[0]
+    raise InputError(
+        f"{path} holds no model: no final/, no {CHECKPOINT_NAME}, no config.json.",
+        "Name a .pt checkpoint, a run directory, or a HuggingFace folder.",
+    )
+
+
+def _load_pt(path: Path, model_type: str | None) -> tuple[nn.Module, str]:
+    """A checkpoint of ours: the class by its saved type, the weights strictly."""
+    saved = load_checkpoint(path)
+    saved_type = str(saved["model_type"])
+    _check_type(saved_type, model_type, path)
+    student_class = _student_class(saved_type, saved["metadata"].get("model_class"), path)
+    student = student_class(student_class.config_class.from_dict(saved["config"]))
+    load_checkpoint(path, student)
+    step, total = saved["metadata"].get("step"), saved["metadata"].get("total_steps")
+    label = saved_type
+    if step is not None and total is not None and step < total:
+        label += f" (step {step} of {total})"
+    return student, label
+
+
+def _student_class(saved_type: str, class_name: str | None, path: Path) -> Any:
+    """The class that made the checkpoint, else the one registered for its type."""
+    for student_class in students.STUDENTS.values():
+        if student_class.__name__ == class_name:
+            return student_class
+    try:
+        return students.get_model_class(saved_type)
+    except ValueError as error:
+        raise InputError(
+            f"{path} holds a student of type {saved_type!r}, which is not registered.",
+            f"Enter its class in model.STUDENTS; known: {', '.join(sorted(students.STUDENTS))}.",
+        ) from error
+
+
+def _check_type(saved_type: str, model_type: str | None, path: Path) -> None:
+    if model_type is not None and model_type.lower() != saved_type.lower():
+        raise UsageError(
+            f"--model_type is {model_type}, but {path} holds a {saved_type} model.",
+            f"Use --model_type {saved_type}, or leave the flag out.",
+        )
+
+
+def _load_folder(folder: Path, model_type: str | None, trust_remote_code: bool) -> nn.Module:
+    """A HuggingFace folder; our students' types are registered by importing ``model``."""
+    from transformers import AutoModelForCausalLM
+
+    config = _read_json(folder / "config.json")
+    _check_type(str(config.get("model_type")), model_type, folder)
+    for file in [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]:
+        _refuse_pointer(file)
+    loaded, info = _explained(
+        folder,
+        lambda: AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        ),
+    )
+    lost = {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys") if info.get(key)}
+    if lost:
+        raise CheckpointError(
+            f"The weights in {folder} do not fit its config.json: {json.dumps(lost)[:300]}.",
+            "Save the model again with save_pretrained, or use another copy.",
+        )
+    return loaded
+
+
+def _explained(folder: Path, load: Callable[[], Any]) -> Any:
+    """Turn the library's many errors about unusable folders into ours."""
+    from safetensors import SafetensorError
+
+    try:
+        with _quiet():
+            return load()
+    except (ValueError, KeyError, ImportError) as error:
+        raise InputError(
+            f"{folder} is not a causal language model that transformers can load: "
+            f"{_first_line(error)}",
+            "Name a folder of a decoder-only model; one with its own code needs "
+            "--trust_remote_code.",
+        ) from error
+    except (OSError, RuntimeError, SafetensorError, EOFError) as error:
+        raise CheckpointError(
+            f"The weights in {folder} cannot be read: {_first_line(error)}",
+            "The folder is incomplete or damaged; copy or save the model again.",
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar for files that load in a moment."""
+    from transformers.utils import logging as log
+
+    shown = log.is_progress_bar_enabled()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            log.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]
+
+
+def _refuse_pointer(file: Path) -> None:
+    with file.open("rb") as opened:
+        head = opened.read(64).lstrip().lower()
+    if not head or head.startswith((b"version https://git-lfs", b"<!doctype", b"<html")):
+        kind = "empty" if not head else "an HTML page or a large-file pointer, not weights"
+        raise CheckpointError(
+            f"{file} is {kind}.", "Fetch the real file, for example with git lfs pull."
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is not readable JSON.", "The file is damaged; copy or save the model again."
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is not a JSON object.", "Copy or save the model again.")
+    return content
+
+
+def _label(folder: Path) -> str:
+    """A short name: the student's type, or the folder's name for a foreign model."""
+    model_type = str(_read_json(folder / "config.json").get("model_type"))
+    known = {name.lower() for name in students.STUDENTS}
+    return model_type if model_type.lower() in known else folder.resolve().name
+
+
+def _stitches_of(run_dir: Path) -> StitchingLayers | None:
+    """The stitching layers saved beside a student."""
+    path = run_dir / STITCHES_NAME
+    if not path.is_file():
+        return None
+    _refuse_pointer(path)
+    from safetensors import SafetensorError
+
+    try:
+        return load_stitches(path)
+    except (ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path} cannot be used: {_first_line(error)}",
+            "Copy the run again, or move the file away to fit stitches anew.",
+        ) from error
+
+
+def _vocabulary_of(folder: Path) -> dict[str, int] | None:
+    """Token to id of the tokenizer in a folder."""
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    from transformers import AutoTokenizer
+
+    tokenizer = _explained(
+        folder, lambda: AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    )
+    return dict(tokenizer.get_vocab())
+
+
+def _run_notes(run_dir: Path) -> tuple[str, ...]:
+    """What the manifest says about a run that is not done."""
+    path = run_dir / "manifest.json"
+    status = _read_json(path).get("status", "done") if path.is_file() else "done"
+    return (
+        () if status == "done" else (f"The run in {run_dir} is not done: its status is {status}.",)
+    )
+
+
+def check_same_vocabulary(loaded: LoadedModel, teacher_tokenizer: Any) -> None:
+    """Refuse to compare models whose token ids mean different things.
+
+    Raises:
+        InputError: If a token has different ids in the two vocabularies.
+    """
+    if loaded.vocabulary is None:
+        return
+    teacher = teacher_tokenizer.get_vocab()
+    shared = loaded.vocabulary.keys() & teacher.keys()
+    different = sorted(token for token in shared if loaded.vocabulary[token] != teacher[token])
+    if different or len(shared) < min(len(teacher), len(loaded.vocabulary)):
+        raise InputError(
+            f"{loaded.name} and the teacher have different vocabularies ({len(loaded.vocabulary)} "
+            f"and {len(teacher)} tokens, {len(shared) - len(different)} with the same id): "
+            "their predictions cannot be compared.",
+            "Name the teacher the student was distilled from with --teacher_model_name.",
+        )

@@ -1,0 +1,207 @@
+"""The pictures of an evaluation, as PNG bytes.
+
+Drawn with matplotlib's Agg canvas directly: no display, no global state. A value that is NaN or
+infinite is written as such and never drawn as a bar or a zero. ``matplotlib`` is imported only
+here, inside functions.
+"""
+
+import importlib.util
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from distillation.evaluation.results import EvaluationResult
+from distillation.evaluation.safe_text import clean_line
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of a picture. The background is opaque, or "none" to show the page's."""
+
+    text: str
+    grid: str
+    background: str
+    bars: tuple[str, str, str]  # teacher, student, baselines
+
+
+LIGHT = Theme("#1c2430", "#d5dae2", "#ffffff", ("#8a94a6", "#2563eb", "#c08a3e"))
+DARK = Theme("#e4e8ef", "#3a4352", "none", ("#8f9bb0", "#6ea0ff", "#d9a860"))
+_ROLES = ("teacher", "student", "baseline")
+
+
+def matplotlib_available() -> bool:
+    """Whether pictures can be drawn at all."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def draw_plots(result: EvaluationResult, theme: Theme = LIGHT) -> dict[str, bytes]:
+    """Return file name to PNG, for every picture there are numbers for.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    height = 1.1 + 0.5 * len(result["models"])
+    plots = {"models.png": _png(_draw_models, result, theme, (6.4, height))}
+    if result["hidden_states"] is not None:
+        plots["layer_mse.png"] = _png(_draw_layer_mse, result, theme, (6.4, 3.2))
+        plots["relative_error.png"] = _png(_draw_relative_error, result, theme, (6.4, 3.2))
+    return plots
+
+
+def _png(
+    draw: Callable[[Any, EvaluationResult, Theme], None],
+    result: EvaluationResult,
+    theme: Theme,
+    inches: tuple[float, float],
+) -> bytes:
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with rc_context({"text.parse_math": False, "font.size": 11}):
+        figure = Figure(figsize=inches, dpi=160, layout="constrained", facecolor=theme.background)
+        FigureCanvasAgg(figure)
+        draw(figure, result, theme)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _style(axes: Any, theme: Theme, title: str, grid_axis: str) -> None:
+    axes.set_title(title, color=theme.text, fontsize=11, loc="left")
+    axes.set_facecolor("none")
+    axes.tick_params(colors=theme.text, length=0)
+    axes.grid(axis=grid_axis, color=theme.grid, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.xaxis.label.set_color(theme.text)
+    axes.yaxis.label.set_color(theme.text)
+
+
+def _draw_models(figure: Any, result: EvaluationResult, theme: Theme) -> None:
+    """Size and perplexity of every model, side by side."""
+    models = result["models"]
+    names = [clean_line(model["name"], 26) for model in models]
+    colours = [theme.bars[_ROLES.index(model["role"])] for model in models]
+    left, right = figure.subplots(1, 2, sharey=True)
+    sizes = [float(model["size"]["parameters"]) for model in models]
+    unit, suffix = (1e6, "M") if max(sizes) >= 1e6 else (1e3, "k")
+    scaled = [size / unit for size in sizes]
+    _horizontal_bars(left, theme, names, scaled, colours, f"{{:.3g}}{suffix}")
+    _style(left, theme, f"Parameters ({suffix})", "x")
+    perplexities = [model["quality"]["perplexity"] for model in models]
+    _horizontal_bars(right, theme, names, perplexities, colours, "{:,.4g}")
+    _style(right, theme, "Perplexity (lower is better)", "x")
+    left.invert_yaxis()
+
+
+def _horizontal_bars(
+    axes: Any,
+    theme: Theme,
+    names: Sequence[str],
+    values: Sequence[float],
+    colours: Sequence[str],
+    label: str,
+) -> None:
+    positions = list(range(len(names)))
+    finite = [value for value in values if math.isfinite(value)]
+    largest = max(finite, default=1.0) or 1.0
+    drawable = [value if math.isfinite(value) else math.nan for value in values]
+    if _spans_decades(finite):
+        axes.set_xscale("log")
+        _plain_numbers(axes.xaxis)
+        axes.set_xlim(min(finite) / 2, largest * 6)
+    else:
+        axes.set_xlim(0, largest * 1.35)
+        axes.locator_params(axis="x", nbins=4)
+    axes.barh(positions, drawable, color=list(colours), height=0.6)
+    axes.set_yticks(positions, list(names))
+    for position, value in zip(positions, values, strict=True):
+        shown = label.format(value) if math.isfinite(value) else str(value)
+        start = value if math.isfinite(value) else axes.get_xlim()[0]
+        axes.annotate(
+            shown,
+            (start, position),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            color=theme.text,
+        )
+
+
+def _spans_decades(finite: Sequence[float]) -> bool:
+    """Whether a linear axis would hide the small values, as beside an untrained model."""
+    return bool(finite) and min(finite) > 0 and max(finite) / min(finite) > 20
+
+
+def _plain_numbers(axis: Any) -> None:
+    """Label the decades of a logarithmic axis "100", not in mathematical notation."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _block_labels(result: EvaluationResult) -> list[str]:
+    assert result["hidden_states"] is not None, "draw_plots checks this"
+    blocks = result["hidden_states"]["blocks"]
+    if all(block["student_block"] == block["teacher_block"] for block in blocks):
+        return [str(block["student_block"]) for block in blocks]
+    return [f"{block['student_block']}\u2192{block['teacher_block']}" for block in blocks]
+
+
+def _draw_layer_mse(figure: Any, result: EvaluationResult, theme: Theme) -> None:
+    """Mean squared error of every block; logarithmic where the teacher's scale grows with depth."""
+    axes = figure.subplots()
+    assert result["hidden_states"] is not None, "draw_plots checks this"
+    values = [block["mse"] for block in result["hidden_states"]["blocks"]]
+    if _spans_decades([value for value in values if math.isfinite(value)]):
+        axes.set_yscale("log")
+        _plain_numbers(axes.yaxis)
+    axes.margins(y=0.12)
+    _vertical_bars(axes, theme, _block_labels(result), values)
+    _style(axes, theme, "Hidden-state mean squared error per block", "y")
+    axes.set_ylabel("MSE per channel")
+
+
+def _draw_relative_error(figure: Any, result: EvaluationResult, theme: Theme) -> None:
+    """Relative error of every block against the mean predictor."""
+    axes = figure.subplots()
+    assert result["hidden_states"] is not None, "draw_plots checks this"
+    values = [block["relative_error"] for block in result["hidden_states"]["blocks"]]
+    finite = [value for value in values if math.isfinite(value)]
+    axes.set_ylim(0, max([1.12, *(value * 1.15 for value in finite)]))
+    _vertical_bars(axes, theme, _block_labels(result), values)
+    _style(axes, theme, "Relative error per block (0 = perfect, dashed = mean predictor)", "y")
+    axes.axhline(1.0, color=theme.text, linewidth=1, linestyle="--")
+    axes.set_ylabel("relative error")
+
+
+def _vertical_bars(axes: Any, theme: Theme, labels: Sequence[str], values: Sequence[float]) -> None:
+    positions = list(range(len(labels)))
+    axes.bar(
+        positions,
+        [value if math.isfinite(value) else math.nan for value in values],
+        color=theme.bars[1],
+        width=0.65,
+    )
+    axes.set_xlim(-0.6, len(labels) - 0.4)
+    every = 1 + len(labels) // 20
+    axes.set_xticks(positions[::every], list(labels)[::every])
+    arrow = any("\u2192" in label for label in labels)
+    axes.set_xlabel("student block \u2192 teacher block" if arrow else "block")
+    for position, value in zip(positions, values, strict=True):
+        if math.isfinite(value) and len(labels) > 12:
+            continue  # too many bars for numbers; the table has them
+        axes.annotate(
+            f"{value:.3g}",
+            (position, value if math.isfinite(value) else axes.get_ylim()[0]),
+            xytext=(0, 2),
+            textcoords="offset points",
+            ha="center",
+            color=theme.text,
+            fontsize=9,
+        )

@@ -1,0 +1,138 @@
+"""The student's head before its training: untied, and started from the teacher's.
+
+With equal widths and no stitch between them, the teacher's final norm and head are copied.
+Otherwise the head is the least-squares answer to: which head on the student's final features gives
+the teacher's logits? Nothing is ever projected by random numbers.
+"""
+
+import logging
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from cleangpt.blocks import BlockStack
+from distillation.activations import Batch, StreamedActivations
+
+logger = logging.getLogger(__name__)
+
+RIDGE = 1e-5
+"""Ridge term as a share of the mean feature energy: a stable solve, hardly any bias."""
+
+
+def untie_lm_head(stack: BlockStack) -> bool:
+    """Give the head a weight of its own if it shares the embedding's; return whether it did.
+
+    A head tied to embeddings that feed frozen blocks must never be trained: it would move their
+    inputs.
+    """
+    model = stack.model
+    head = stack.lm_head
+    if head.weight is not model.get_input_embeddings().weight:
+        return False
+    head.weight = nn.Parameter(head.weight.detach().clone())
+    model.config.tie_word_embeddings = False
+    # transformers fixes the list of tied names when a model is built, and saves by it.
+    model.all_tied_weights_keys = {}
+    return True
+
+
+def can_copy_head(teacher: BlockStack, student: BlockStack, *, stitched: bool) -> bool:
+    """Whether the teacher's final norm and head fit the student's hidden states as they are."""
+    same_norm = _shapes(teacher.final_norm) == _shapes(student.final_norm)
+    same_kind = type(teacher.final_norm) is type(student.final_norm)
+    same_head = teacher.lm_head.weight.shape == student.lm_head.weight.shape
+    return not stitched and same_norm and same_kind and same_head
+
+
+@torch.no_grad()
+def copy_head(teacher: BlockStack, student: BlockStack) -> None:
+    """Copy the teacher's final norm and head into the student."""
+    student.final_norm.load_state_dict(teacher.final_norm.state_dict())
+    student.lm_head.weight.copy_(teacher.lm_head.weight)
+
+
+@torch.no_grad()
+def fit_head(activations: StreamedActivations, batches: Iterable[Batch], max_tokens: int) -> None:
+    """Set the student's head, and its final norm's bias, by least squares.
+
+    With ``f_T`` the teacher's final features, ``f_S`` the student's, ``W_U`` and ``b_U`` the
+    teacher's head, and ``B, c`` the ridge regression ``f_T ~ B f_S + c``, the minimiser of
+    ``E ||W_U f_T - W f_S||^2`` is ``W = W_U B``: sums over the vocabulary are never needed. The
+    intercept moves into the norm's bias as the ``d`` that minimises the error of
+    ``W (f_S + d) = W f_S + W_U c + b_U``, up to a constant per position, which softmax ignores.
+
+    Args:
+        activations: Where final states come from.
+        batches: Data to fit on.
+        max_tokens: Stop after this many valid positions.
+    """
+    sums = FeatureSums()
+    for batch in batches:
+        teacher_state = activations.teacher_output(activations.teacher.num_blocks - 1, batch)
+        teacher = activations.teacher.final_norm(batch.valid(teacher_state))
+        student_state = activations.student_input(activations.student.num_blocks, batch)
+        student = activations.student
+        sums.add(student.final_norm(batch.valid(student.hidden(student_state))), teacher)
+        if sums.count >= max_tokens:
+            break
+    _set_head(activations.student, activations.teacher.lm_head, *sums.regression())
+
+
+class FeatureSums:
+    """Streaming sums of the regression of teacher features on student features, in float64."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._xx: Tensor | None = None
+        self._xy: Tensor | None = None
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Count positions: x of shape [positions, d_student], y of shape [positions, d_teacher]."""
+        x, y = x.double(), y.double()
+        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+        xx, xy = x.T @ x, x.T @ y
+        self._xx = xx if self._xx is None else self._xx + xx
+        self._xy = xy if self._xy is None else self._xy + xy
+        self.count += x.shape[0]
+
+    def regression(self) -> tuple[Tensor, Tensor]:
+        """Return ``B`` of shape [d_teacher, d_student] and ``c`` of shape [d_teacher].
+
+        Raises:
+            ValueError: If no position was counted.
+        """
+        if self._xx is None or self._xy is None:
+            raise ValueError("No valid position to fit the head on.")
+        ridge = torch.eye(self._xx.shape[0], dtype=torch.float64, device=self._xx.device)
+        ridge[-1, -1] = 0.0  # the intercept is not shrunk
+        energy = self._xx.diagonal()[:-1].mean()
+        solution = torch.linalg.solve(self._xx + RIDGE * energy * ridge, self._xy).T
+        return solution[:, :-1], solution[:, -1]
+
+
+def _set_head(student: BlockStack, teacher_head: nn.Linear, b: Tensor, c: Tensor) -> None:
+    unembedding = teacher_head.weight.double()
+    rows = min(student.vocab_size, unembedding.shape[0])
+    weight = (unembedding @ b)[:rows]
+    student.lm_head.weight[:rows] = weight.to(student.lm_head.weight.dtype)
+    offset = unembedding @ c
+    if teacher_head.bias is not None:
+        offset = offset + teacher_head.bias.double()
+    norm_bias = getattr(student.final_norm, "bias", None)
+    if norm_bias is None:
+        logger.warning(
+            "The student's final norm has no bias, so the head starts without intercept."
+        )
+        return
+    centred = weight - weight.mean(0)
+    centred_offset = offset[:rows] - offset[:rows].mean()
+    gram = centred.T @ centred
+    gram += (
+        RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    )
+    norm_bias += torch.linalg.solve(gram, centred.T @ centred_offset).to(norm_bias.dtype)
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(p.shape) for name, p in module.named_parameters()}

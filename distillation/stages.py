@@ -1,0 +1,209 @@
+"""What is trained, on what, against what.
+
+A stage names its trainable tensors and turns a batch into a loss. It knows neither optimizers nor
+loops; ``trainers/base_trainer.py`` runs it.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cleangpt.blocks import BlockStack
+from distillation.activations import Batch, StreamedActivations
+from stitching_layers import StitchingLayer
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""``(student, teacher) -> mean over positions``, both of shape [positions, dim]."""
+
+
+class Stage(ABC):
+    """One unit of training.
+
+    Args:
+        name: Short and unique in the run, e.g. "block-03".
+        student: The model of which this stage trains a part.
+    """
+
+    def __init__(self, name: str, student: BlockStack) -> None:
+        self.name = name
+        self.student = student
+
+    @abstractmethod
+    def modules(self) -> dict[str, nn.Module]:
+        """The modules in training, by a name that is unique in the stage."""
+
+    @abstractmethod
+    def loss(self, batch: Batch) -> Float[Tensor, ""]:
+        """Return the mean loss over the batch's valid positions, with its graph."""
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """The tensors the optimizer gets, each once, also when a module appears twice."""
+        seen: set[int] = set()
+        parameters: dict[str, nn.Parameter] = {}
+        for prefix, module in self.modules().items():
+            for name, parameter in module.named_parameters():
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    parameters[f"{prefix}.{name}"] = parameter
+        return parameters
+
+    def start_epoch(self) -> None:  # noqa: B027 - most stages measure nothing per epoch
+        """Called before each epoch."""
+
+    def summary(self) -> dict[str, float]:
+        """What the stage measured in its last epoch, besides the loss."""
+        return {}
+
+
+class BlockStage(Stage):
+    """A student block learns the raw output of its teacher block, through its own stitch.
+
+    Block 0 learns together with the embeddings, which no other stage would train.
+
+    Args:
+        block: Index of the student block.
+        teacher_block: Index of the teacher block it learns from.
+        activations: Where inputs and targets come from.
+        loss_fn: The loss on hidden states.
+        stitch: The projection to the teacher's width; None compares the states as they are.
+        freeze_previous: Whether the blocks before it stay fixed.
+    """
+
+    def __init__(
+        self,
+        block: int,
+        teacher_block: int,
+        activations: StreamedActivations,
+        loss_fn: Loss,
+        *,
+        stitch: StitchingLayer | None,
+        freeze_previous: bool,
+    ) -> None:
+        super().__init__(f"block-{block:02d}", activations.student)
+        self.block = block
+        self.teacher_block = teacher_block
+        self.activations = activations
+        self.loss_fn = loss_fn
+        self.stitch = stitch
+        self.freeze_previous = freeze_previous
+        self._fit = FitStatistics()
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The block and its stitch; with them the embeddings, and earlier blocks unless frozen."""
+        first = self.block if self.freeze_previous else 0
+        found = {f"blocks.{i}": self.student.block(i) for i in range(first, self.block + 1)}
+        if first == 0:
+            found.update(embedding_modules(self.student))
+        if self.stitch is not None:
+            found["stitch"] = self.stitch
+        return found
+
+    def loss(self, batch: Batch) -> Float[Tensor, ""]:
+        """Return the mean hidden-state loss over valid positions."""
+        student, teacher = self.states(batch)
+        student, teacher = batch.valid(student), batch.valid(teacher)
+        self._fit.add(student.detach(), teacher)
+        return self.loss_fn(student, teacher)
+
+    def states(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the stitched student states and the teacher's, both [batch, seq, d_teacher]."""
+        teacher = self.activations.teacher_output(self.teacher_block, batch)
+        state = self._student_output(batch)
+        student = self.student.hidden(state)
+        return (student if self.stitch is None else self.stitch(student)), teacher
+
+    def start_epoch(self) -> None:
+        """Forget the statistics of the epoch before."""
+        self._fit = FitStatistics()
+
+    def summary(self) -> dict[str, float]:
+        """The error relative to the best constant predictor (1.0), over the last epoch."""
+        return {"relative_error": self._fit.relative_error()}
+
+    def _student_output(self, batch: Batch) -> Tensor:
+        mask = batch.attention_mask.long()
+        if self.block == 0 or not self.freeze_previous:
+            return self.student.state_entering(self.block + 1, batch.input_ids, mask)
+        state = self.activations.student_input(self.block, batch)
+        return self.student.advance(self.block, state, batch.input_ids, mask)
+
+
+class HeadStage(Stage):
+    """The final norm and the head learn the teacher's logits; the backbone stays fixed.
+
+    Args:
+        activations: Where student states and teacher logits come from.
+        loss_fn: The loss on logits.
+        loss_weight: Factor on the loss.
+    """
+
+    def __init__(
+        self, activations: StreamedActivations, loss_fn: Loss, *, loss_weight: float
+    ) -> None:
+        super().__init__("lm-head", activations.student)
+        self.activations = activations
+        self.loss_fn = loss_fn
+        self.loss_weight = loss_weight
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The final norm and the head."""
+        return {"final_norm": self.student.final_norm, "lm_head": self.student.lm_head}
+
+    def loss(self, batch: Batch) -> Float[Tensor, ""]:
+        """Return the weighted mean logit loss over valid positions."""
+        with torch.no_grad():
+            teacher = batch.valid(self.activations.teacher_logits(batch))
+        state = self.activations.student_input(self.student.num_blocks, batch)
+        features = self.student.final_norm(batch.valid(self.student.hidden(state)))
+        student = self.student.lm_head(features)
+        shared = min(student.shape[-1], teacher.shape[-1])
+        return self.loss_weight * self.loss_fn(student[..., :shared], teacher[..., :shared])
+
+
+@dataclass
+class FitStatistics:
+    """Streaming sums for the relative error ``SSE / SS about the mean`` of a prediction."""
+
+    count: int = 0
+    squared_error: float = 0.0
+    squared_norm: float = 0.0
+    total: Tensor | None = None
+
+    @torch.no_grad()
+    def add(
+        self, predicted: Float[Tensor, "positions dim"], target: Float[Tensor, "positions dim"]
+    ) -> None:
+        """Count one batch of predictions."""
+        self.count += target.shape[0]
+        self.squared_error += float((predicted.float() - target.float()).square().sum())
+        self.squared_norm += float(target.float().square().sum(dtype=torch.float64))
+        summed = target.sum(0, dtype=torch.float64)
+        self.total = summed if self.total is None else self.total + summed
+
+    def relative_error(self) -> float:
+        """The squared error as a share of the target's variation about its mean."""
+        if self.total is None or self.count == 0:
+            return float("nan")
+        variation = self.squared_norm - float(self.total.square().sum()) / self.count
+        return self.squared_error / variation if variation > 0 else float("nan")
+
+
+def embedding_modules(stack: BlockStack) -> dict[str, nn.Module]:
+    """The modules of a causal LM that turn token ids into what enters block 0.
+
+    Found by exclusion: every module with parameters that is neither a block, nor the final norm,
+    nor the head, nor contains one of them.
+    """
+    blocks = [stack.block(i) for i in range(stack.num_blocks)]
+    others = {id(m) for part in (*blocks, stack.final_norm, stack.lm_head) for m in part.modules()}
+    found: dict[str, nn.Module] = {}
+    for name, module in stack.model.named_modules():
+        inside = any(name.startswith(f"{taken}.") for taken in found)
+        contains = any(id(child) in others for child in module.modules())
+        if not inside and not contains and any(True for _ in module.parameters()):
+            found[f"embeddings.{name}"] = module
+    return found

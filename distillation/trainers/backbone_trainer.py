@@ -1,0 +1,259 @@
+"""Trains the student's blocks, one after the other."""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from typing_extensions import Unpack
+
+from cleangpt.errors import UsageError
+from cleangpt.metrics_log import RunProgress
+from cleangpt.run_directory import RunDirectory
+from cleangpt.runtime.module_state import preserved_modes
+from distillation.config import (
+    DistillationConfig,
+    LoopOptions,
+    PerBlock,
+    StageSettings,
+    block_settings,
+)
+from distillation.layer_map import uniform_layer_map
+from distillation.losses import DistillationLoss
+from distillation.pictures import save_hidden_state_picture
+from distillation.stages import BlockStage, Loss, Stage
+from distillation.trainers.base_trainer import BaseDistillationTrainer, StageResult, derived_seed
+from stitching_layers import StitchingLayers, stitches_to_bytes
+
+logger = logging.getLogger(__name__)
+
+ROW = "%5s  %7s  %10s  %10s  %10s  %14s  %8s  %s"
+
+
+class BackboneDistillationTrainer(BaseDistillationTrainer):
+    """Block m of the student learns the raw output of teacher block ``layer_map[m]``.
+
+    Each block learns through its own stitching layer, from the states its frozen predecessors give
+    it. May be subclassed to replace ``hidden_state_loss_fn`` after construction: any callable
+    ``(student, teacher) -> mean over positions`` on tensors of shape [positions, d_teacher].
+
+    Args:
+        teacher_model: A HuggingFace causal LM. It is never changed.
+        student_model: The model that learns, in place.
+        tokenizer: The teacher's tokenizer, or None.
+        train_dataloader: Yields ``{"input_ids", "attention_mask"}``.
+        distill_loss_type: "mse" or "kl_div".
+        distill_loss_temperature: Temperature of "kl_div", > 0.
+        use_stitching_layers: Whether to project the student's states to the teacher's width.
+        stitching_layer_bias: Whether the projections have a bias.
+        freeze_previous_blocks: Whether blocks before the one in training stay fixed.
+        device: Where the training runs.
+        output_dir: The run's directory.
+        log_interval: Optimizer steps between two logged lines.
+        optimizer_cls: Called as ``optimizer_cls(parameter_groups, lr=...)``.
+        overwrite: Whether an earlier run in ``output_dir`` may be deleted.
+        **options: See :class:`~distillation.config.DistillationConfig`.
+
+    Raises:
+        UsageError: If widths differ without stitching, or the student is deeper than the teacher.
+    """
+
+    def __init__(
+        self,
+        teacher_model: nn.Module,
+        student_model: nn.Module,
+        tokenizer: Any,
+        train_dataloader: Any,
+        distill_loss_type: str = "mse",
+        distill_loss_temperature: float = 1.0,
+        use_stitching_layers: bool = True,
+        stitching_layer_bias: bool = True,
+        freeze_previous_blocks: bool = True,
+        device: torch.device = torch.device("cpu"),  # noqa: B008 - a device is immutable
+        output_dir: str | Path = "./distilled_model",
+        log_interval: int = 50,
+        optimizer_cls: Callable[..., Any] = torch.optim.AdamW,
+        *,
+        overwrite: bool = False,
+        **options: Unpack[LoopOptions],
+    ) -> None:
+        config = DistillationConfig(
+            distill_loss_type=distill_loss_type,
+            distill_loss_temperature=distill_loss_temperature,
+            use_stitching_layers=use_stitching_layers,
+            stitching_layer_bias=stitching_layer_bias,
+            freeze_previous_blocks=freeze_previous_blocks,
+            log_interval=log_interval,
+            **options,
+        )
+        super().__init__(
+            teacher_model,
+            student_model,
+            tokenizer,
+            train_dataloader,
+            device=device,
+            run=RunDirectory(output_dir),
+            optimizer_cls=optimizer_cls,
+            config=config,
+        )
+        self.overwrite = overwrite
+        self.hidden_state_loss_fn: Loss = DistillationLoss(
+            distill_loss_type, distill_loss_temperature
+        )
+        self.layer_map = uniform_layer_map(self.student.num_blocks, self.teacher.num_blocks)
+        self.stitches: StitchingLayers | None = None
+        self._check_widths()
+
+    def train_backbone(
+        self,
+        epochs_per_block: int | Sequence[int],
+        lr_per_block: PerBlock,
+        wd_per_block: PerBlock = 0.01,
+        max_grad_norm_per_block: PerBlock = 1.0,
+    ) -> dict[str, Any]:
+        """Train all blocks in order.
+
+        Args:
+            epochs_per_block: Passes over the data per block; a number or one per block.
+            lr_per_block: Peak learning rate; a number or one per block.
+            wd_per_block: Weight decay of matrices; a number or one per block.
+            max_grad_norm_per_block: Clipping threshold; a number or one per block.
+
+        Returns:
+            ``backbone_losses`` (last epoch's mean loss per block) and ``blocks``, one row per block
+            with its first, best and last loss, relative error and verdict.
+
+        Raises:
+            UsageError: If a list has not one entry per block, or a value is out of range.
+            NonFiniteError: If losses stay NaN or infinite.
+        """
+        settings = self.stage_settings(
+            epochs_per_block, lr_per_block, wd_per_block, max_grad_norm_per_block
+        )
+        self.teacher_model.to(self.device)
+        self.student_model.to(self.device)
+        self.progress = self.progress or RunProgress(len(settings))
+        with (
+            torch.random.fork_rng(),
+            preserved_modes(self.teacher_model, self.student_model),
+            self.run.opened(self.about_run(), overwrite=self.overwrite),
+        ):
+            rows = self._train_blocks(settings)
+        return {"backbone_losses": [row["last_loss"] for row in rows], "blocks": rows}
+
+    def stage_settings(
+        self,
+        epochs_per_block: int | Sequence[int],
+        lr_per_block: PerBlock,
+        wd_per_block: PerBlock,
+        max_grad_norm_per_block: PerBlock,
+    ) -> list[StageSettings]:
+        """Check the data and the arguments of :meth:`train_backbone`, before a run starts."""
+        self.steps_per_epoch()
+        return block_settings(
+            self.student.num_blocks,
+            epochs_per_block=epochs_per_block,
+            lr_per_block=lr_per_block,
+            wd_per_block=wd_per_block,
+            max_grad_norm_per_block=max_grad_norm_per_block,
+        )
+
+    def _train_blocks(self, settings: list[StageSettings]) -> list[dict[str, Any]]:
+        if self.config.use_stitching_layers:
+            self.stitches = self._new_stitches()
+        if not self.config.freeze_previous_blocks:
+            logger.info("Earlier blocks and the embeddings go on learning with each block.")
+        logger.info("Student block -> teacher block: %s", dict(enumerate(self.layer_map)))
+        columns = ("block", "teacher", "first", "best", "last", "relative error", "seconds", "")
+        logger.info(ROW, *columns)
+        rows = [self._train_block(block, settings[block]) for block in range(len(settings))]
+        if self.stitches is not None:
+            self.run.write_bytes("stitching_layers.safetensors", stitches_to_bytes(self.stitches))
+        return rows
+
+    def _train_block(self, block: int, settings: StageSettings) -> dict[str, Any]:
+        stage = BlockStage(
+            block,
+            self.layer_map[block],
+            self.activations,
+            self.hidden_state_loss_fn,
+            stitch=None if self.stitches is None else self.stitches[block],  # type: ignore[arg-type]
+            freeze_previous=self.config.freeze_previous_blocks,
+        )
+        row = block_row(stage, self.train_stage(stage, settings))
+        self.run.metrics.write("block", **row)
+        self.run.add_stage(row)
+        numbers = (f"{row[k]:.4g}" for k in ("first_loss", "best_loss", "last_loss"))
+        relative, seconds = f"{row['relative_error']:.4g}", f"{row['seconds']:.1f}"
+        logger.info(ROW, block, row["teacher_block"], *numbers, relative, seconds, row["verdict"])
+        return row
+
+    def after_epoch(self, stage: Stage, epoch: int) -> None:
+        """Write the picture of this epoch, if pictures were asked for."""
+        if self.config.hidden_state_pictures and isinstance(stage, BlockStage):
+            batch = next(iter(self.batches(0)))
+            with torch.no_grad():
+                student, teacher = stage.states(batch)
+            name = f"hidden_states_block_{stage.block}_epoch_{epoch}.png"
+            save_hidden_state_picture(self.run.path / "pictures" / name, student[0], teacher[0])
+
+    def _new_stitches(self) -> StitchingLayers:
+        torch.manual_seed(derived_seed(self.config.seed, "stitches"))
+        return StitchingLayers(
+            self.layer_map,
+            self.student.hidden_size,
+            self.teacher.hidden_size,
+            self.config.stitching_layer_bias,
+        ).to(self.device)
+
+    def _check_widths(self) -> None:
+        student, teacher = self.student.hidden_size, self.teacher.hidden_size
+        told = getattr(self.student.model.config, "teacher_n_embd", None)
+        if told is not None and told != teacher:
+            raise UsageError(
+                f"The student expects teacher_n_embd={told}; this teacher's width is {teacher}.",
+                f"Set teacher_n_embd={teacher}, or leave it out.",
+            )
+        if student != teacher and not self.config.use_stitching_layers:
+            raise UsageError(
+                "Dimension mismatch at block 0 without stitching:"
+                f" Student_dim={student}, Teacher_dim={teacher}.",
+                f"Set use_stitching_layers=True (--use_stitching_layers), or n_embd={teacher}.",
+            )
+
+
+def block_row(stage: BlockStage, result: StageResult) -> dict[str, Any]:
+    """One line of the table of blocks."""
+    relative_error = result.summary["relative_error"]
+    return {
+        "stage": result.name,
+        "block": stage.block,
+        "teacher_block": stage.teacher_block,
+        "first_loss": result.first_loss,
+        "best_loss": result.best_loss,
+        "last_loss": result.last_loss,
+        "relative_error": relative_error,
+        "verdict": verdict(result, relative_error),
+        "steps": result.steps,
+        "skipped": result.skipped,
+        "tokens": result.tokens,
+        "seconds": result.seconds,
+    }
+
+
+def verdict(result: StageResult, relative_error: float) -> str:
+    """What the numbers of a block say, in words.
+
+    ``relative_error`` is the squared error as a share of the teacher's variation about its mean: a
+    block that only learnt the mean has 1.0.
+    """
+    if result.steps == 0 or math.isnan(relative_error):
+        return "not trained"
+    if result.last_loss > result.first_loss:
+        return "diverged: lower lr_per_block"
+    limits = [(0.05, "very close"), (0.2, "close"), (0.6, "partly learnt"), (1.0, "weak")]
+    words = [text for limit, text in limits if relative_error < limit]
+    return words[0] if words else "no better than the mean"

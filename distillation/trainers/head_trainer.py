@@ -1,0 +1,179 @@
+"""Trains the student's head on the teacher's logits."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from typing_extensions import Unpack
+
+from cleangpt.metrics_log import RunProgress
+from cleangpt.run_directory import RunDirectory
+from cleangpt.runtime.module_state import preserved_modes
+from distillation.config import DistillationConfig, LoopOptions, StageSettings
+from distillation.head_init import can_copy_head, copy_head, fit_head, untie_lm_head
+from distillation.losses import LogitDistillationLoss
+from distillation.stages import HeadStage, Loss
+from distillation.trainers.base_trainer import BaseDistillationTrainer
+
+logger = logging.getLogger(__name__)
+
+HEAD_FIT_TOKENS = 131_072
+"""Positions the head's least-squares start reads: hundreds per unknown at the usual widths."""
+
+
+class HeadDistillationTrainer(BaseDistillationTrainer):
+    """The student's final norm and head learn the teacher's logits; the backbone stays fixed.
+
+    A head tied to the embeddings is untied first: training it tied would move what feeds the frozen
+    blocks. ``logit_loss_fn`` may be replaced after construction, as ``hidden_state_loss_fn`` of the
+    backbone trainer.
+
+    Args:
+        teacher_model: A HuggingFace causal LM. It is never changed.
+        student_model: The model that learns, in place.
+        tokenizer: The teacher's tokenizer, or None.
+        train_dataloader: Yields ``{"input_ids", "attention_mask"}``.
+        logit_loss_type: "kl_div", "mse" or "ce".
+        logit_loss_temperature: Temperature of "kl_div" and "ce", > 0.
+        logit_loss_weight: Factor on the logit loss, >= 0.
+        device: Where the training runs.
+        output_dir: The run's directory.
+        log_interval: Optimizer steps between two logged lines.
+        optimizer_cls: Called as ``optimizer_cls(parameter_groups, lr=...)``.
+        overwrite: Whether an earlier run in ``output_dir`` may be deleted.
+        **options: See :class:`~distillation.config.DistillationConfig`.
+    """
+
+    def __init__(
+        self,
+        teacher_model: nn.Module,
+        student_model: nn.Module,
+        tokenizer: Any,
+        train_dataloader: Any,
+        logit_loss_type: str = "kl_div",
+        logit_loss_temperature: float = 2.0,
+        logit_loss_weight: float = 1.0,
+        device: torch.device = torch.device("cpu"),  # noqa: B008 - a device is immutable
+        output_dir: str | Path = "./distilled_model",
+        log_interval: int = 50,
+        optimizer_cls: Callable[..., Any] = torch.optim.AdamW,
+        *,
+        overwrite: bool = False,
+        **options: Unpack[LoopOptions],
+    ) -> None:
+        config = DistillationConfig(
+            logit_loss_type=logit_loss_type,
+            logit_loss_temperature=logit_loss_temperature,
+            logit_loss_weight=logit_loss_weight,
+            log_interval=log_interval,
+            **options,
+        )
+        super().__init__(
+            teacher_model,
+            student_model,
+            tokenizer,
+            train_dataloader,
+            device=device,
+            run=RunDirectory(output_dir),
+            optimizer_cls=optimizer_cls,
+            config=config,
+        )
+        self.overwrite = overwrite
+        self.logit_loss_fn: Loss = LogitDistillationLoss(logit_loss_type, logit_loss_temperature)
+        self.stitched = False
+
+    def train_head(
+        self,
+        lm_head_epochs: int,
+        lm_head_lr: float,
+        lm_head_wd: float = 0.01,
+        lm_head_max_grad_norm: float = 1.0,
+        initialize_from_teacher: bool = True,
+    ) -> dict[str, Any]:
+        """Untie, initialise and train the head.
+
+        Args:
+            lm_head_epochs: Passes over the data; 0 keeps the head as initialised.
+            lm_head_lr: Peak learning rate.
+            lm_head_wd: Weight decay of the head's matrix.
+            lm_head_max_grad_norm: Clipping threshold.
+            initialize_from_teacher: Whether the head starts from the teacher's: copied where it
+                fits, else by least squares.
+
+        Returns:
+            ``head_loss`` (last epoch's mean, None if nothing was trained) and ``head``, a row with
+            first, best and last loss.
+
+        Raises:
+            UsageError: If a value is out of range.
+            NonFiniteError: If losses stay NaN or infinite.
+        """
+        settings = self.stage_settings(
+            lm_head_epochs, lm_head_lr, lm_head_wd, lm_head_max_grad_norm
+        )
+        self.teacher_model.to(self.device)
+        self.student_model.to(self.device)
+        self.progress = self.progress or RunProgress(1)
+        with (
+            torch.random.fork_rng(),
+            preserved_modes(self.teacher_model, self.student_model),
+            self.run.opened(self.about_run(), overwrite=self.overwrite),
+        ):
+            row = self._prepare_and_train(settings, initialize_from_teacher)
+        return {"head_loss": row["last_loss"] if row["steps"] else None, "head": row}
+
+    def stage_settings(
+        self,
+        lm_head_epochs: int,
+        lm_head_lr: float,
+        lm_head_wd: float,
+        lm_head_max_grad_norm: float,
+    ) -> StageSettings:
+        """Check the data and the arguments of :meth:`train_head`, before a run starts."""
+        self.steps_per_epoch()
+        return StageSettings(
+            epochs=lm_head_epochs,
+            lr=lm_head_lr,
+            weight_decay=lm_head_wd,
+            max_grad_norm=lm_head_max_grad_norm,
+        )
+
+    def _prepare_and_train(self, settings: StageSettings, from_teacher: bool) -> dict[str, Any]:
+        if untie_lm_head(self.student):
+            logger.info("The head was tied to the embeddings; it has its own weight from here on.")
+        if from_teacher:
+            self._start_from_teacher()
+        stage = HeadStage(
+            self.activations, self.logit_loss_fn, loss_weight=self.config.logit_loss_weight
+        )
+        result = self.train_stage(stage, settings)
+        row = {
+            "stage": result.name,
+            "first_loss": result.first_loss,
+            "best_loss": result.best_loss,
+            "last_loss": result.last_loss,
+            "steps": result.steps,
+            "skipped": result.skipped,
+            "tokens": result.tokens,
+            "seconds": result.seconds,
+        }
+        self.run.metrics.write("head", **row)
+        self.run.add_stage(row)
+        logger.info(
+            "Head: first loss %.4g, best %.4g, last %.4g, %.1f s",
+            *(row[k] for k in ("first_loss", "best_loss", "last_loss", "seconds")),
+        )
+        return row
+
+    def _start_from_teacher(self) -> None:
+        self.teacher_model.eval()
+        self.student_model.eval()
+        if can_copy_head(self.teacher, self.student, stitched=self.stitched):
+            copy_head(self.teacher, self.student)
+            logger.info("The head starts as a copy of the teacher's final norm and head.")
+            return
+        fit_head(self.activations, self.batches(0), HEAD_FIT_TOKENS)
+        logger.info("The head starts as the least-squares fit of the teacher's logits.")

@@ -1,0 +1,1 @@
+"""Commands to run with `python -m examples.<name>`: thin mains over the library, not installed."""

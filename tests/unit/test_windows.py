@@ -1,0 +1,151 @@
+"""Packing into windows, and the collator's mask."""
+
+import logging
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from cleangpt.data import windows
+from cleangpt.data.windows import DistillationDataCollator, TextDataset
+from cleangpt.errors import InputError, UsageError
+
+END = 256
+
+
+def make_tokenizer(*, adds_bos: bool = False, **special: str) -> PreTrainedTokenizerFast:
+    """One token per byte, 256 is <end>, 257 is <start>."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*alphabet, "<end>", "<start>"])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    if adds_bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single="<start> $A", special_tokens=[("<start>", 257)]
+        )
+        special["bos_token"] = "<start>"
+    return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=8, **special)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer(eos_token="<end>")
+
+
+def ids_of(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+
+def test_documents_are_packed_with_eos_between(tokenizer: PreTrainedTokenizerFast) -> None:
+    dataset = TextDataset(["abc", "", "defg"], tokenizer, block_size=3)
+    stream = [*ids_of(tokenizer, "abc"), END, *ids_of(tokenizer, "defg")]
+    assert dataset.tokens.tolist() == stream
+    assert dataset.tokens.dtype == torch.int64
+    assert dataset.num_tokens == 8
+    assert dataset.num_documents == 2
+    assert [len(window) for window in dataset.windows] == [3, 3, 2]
+    assert len(dataset) == 3
+    assert dataset[-1]["input_ids"].tolist() == stream[6:]
+    assert [item["input_ids"].tolist() for item in dataset] == [w.tolist() for w in dataset.windows]
+    with pytest.raises(IndexError):
+        dataset[3]
+
+
+def test_bos_of_the_tokenizer_stands_before_every_document() -> None:
+    tokenizer = make_tokenizer(adds_bos=True, eos_token="<end>")
+    assert TextDataset(["a", "b"], tokenizer, 16).tokens.tolist() == [
+        257, *ids_of(tokenizer, "a"), 256, 257, *ids_of(tokenizer, "b"),
+    ]  # fmt: skip
+
+
+def test_without_eos_documents_touch() -> None:
+    tokenizer = make_tokenizer()
+    assert TextDataset(["a", "b"], tokenizer, 16).tokens.tolist() == ids_of(tokenizer, "ab")
+
+
+def test_huge_documents_are_tokenized_in_pieces(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["one two three four " * 5, "x" * 45, "end"]
+    whole = TextDataset(texts, tokenizer, 8).tokens
+    monkeypatch.setattr(windows, "_CHARACTERS_PER_PIECE", 16)
+    monkeypatch.setattr(windows, "_TEXTS_PER_CALL", 2)
+    assert torch.equal(TextDataset(texts, tokenizer, 8).tokens, whole)
+
+
+def test_fingerprint_is_of_the_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+    one = TextDataset(["abc", "d"], tokenizer, 3)
+    assert one.fingerprint == TextDataset(["abc", "d"], tokenizer, 5).fingerprint
+    assert one.fingerprint != TextDataset(["abd", "d"], tokenizer, 3).fingerprint
+    assert len(one.fingerprint) == 64
+
+
+def test_no_length_warning(
+    tokenizer: PreTrainedTokenizerFast,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        TextDataset(["longer than the eight tokens of this tokenizer"], tokenizer, 8)
+    assert "longer" not in caplog.text + capfd.readouterr().err
+
+
+def test_less_than_one_window_gives_one_short_window(
+    tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="cleangpt.data.windows"):
+        dataset = TextDataset(["abc"], tokenizer, 128)
+    assert [len(window) for window in dataset.windows] == [3]
+    assert "3 tokens are fewer than one window of 128" in caplog.text
+
+
+@pytest.mark.parametrize("texts", [[], [""]])
+def test_no_tokens_is_an_input_error(
+    tokenizer: PreTrainedTokenizerFast, texts: list[str]
+) -> None:
+    with pytest.raises(InputError, match=r"gave 0 tokens; one window holds 128.\n.*--max_samples"):
+        TextDataset(texts, tokenizer, 128)
+
+
+def test_one_string_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(InputError, match=r"one string.*\n.*list of documents"):
+        TextDataset("abc", tokenizer, 128)
+
+
+def test_block_size_must_be_positive(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UsageError, match=r"block_size is 0.*\n.*--block_size"):
+        TextDataset(["a"], tokenizer, 0)
+    with pytest.raises(UsageError, match="block_size is 0"):
+        DistillationDataCollator(tokenizer, 0)
+
+
+@pytest.mark.parametrize(
+    ("special", "padding"),
+    [
+        ({"eos_token": "<end>"}, 256),
+        ({"eos_token": "<end>", "pad_token": "<end>"}, 256),
+        ({"eos_token": "<end>", "pad_token": "<start>"}, 257),
+        ({}, 0),
+    ],
+)
+def test_collator_pads_right_and_masks_by_length(special: dict[str, str], padding: int) -> None:
+    collator = DistillationDataCollator(make_tokenizer(**special), block_size=4)
+    batch = collator(
+        [{"input_ids": torch.tensor([padding, 7])}, {"input_ids": [1, 2, 3, padding, 9], "x": "y"}]
+    )
+    assert batch["input_ids"].tolist() == [[padding, 7, padding, padding], [1, 2, 3, padding]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+    assert {value.dtype for value in batch.values()} == {torch.int64}
+
+
+def test_the_tutorials_loader(tokenizer: PreTrainedTokenizerFast) -> None:
+    dataset = TextDataset(["some text"] * 10, tokenizer, block_size=16)
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        batch_size=4,
+        collate_fn=DistillationDataCollator(tokenizer, block_size=16),
+        shuffle=True,
+    )
+    assert sum(int(batch["attention_mask"].sum()) for batch in loader) == dataset.num_tokens
