@@ -58,7 +58,7 @@ class BlockStack:
     """
 
     def __init__(self, model: nn.Module, blocks_path: str | None = None) -> None:
-        self.model = cast(Any, model)
+        self.model = cast("Any", model)
         # Models that also see or hear keep the language model's sizes in a configuration inside.
         self._config: Any = self.model.config.get_text_config()
         self._blocks = _find_blocks(model, int(self._config.num_hidden_layers), blocks_path)

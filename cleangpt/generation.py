@@ -52,14 +52,16 @@ def fit_prompt(
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """Return the prompt's ids; an empty prompt becomes the token that starts or ends a text."""
-    ids = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-    if ids:
-        return ids
-    for token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token_id is not None:
-            return [int(token_id)]
-    return [0]
+    """Return the prompt's ids, with the start token if the tokenizer puts one before a text.
+
+    An empty prompt becomes the token that starts or ends a text.
+    """
+    bos = tokenizer.bos_token_id
+    starts = bos is not None and bos in tokenizer("")["input_ids"][:1]
+    ids = [bos] if starts else []
+    ids += tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+    fallbacks = (bos, tokenizer.eos_token_id, 0)
+    return ids or [next(each for each in fallbacks if each is not None)]
 
 
 @torch.no_grad()

@@ -34,6 +34,7 @@ RUN_FILES = (
     "student_model_final_distilled.pt",
     "stitching_layers.safetensors",
     "final",
+    "start",
     "pictures",
     "evaluation",
 )

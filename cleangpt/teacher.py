@@ -113,8 +113,7 @@ def _check_architecture(config: Any, source: TeacherSource) -> None:
     raise InputError(
         f"teacher {source.label} is {found}; looked for a decoder-only causal language model, and "
         f"found model_type {config.model_type!r}.",
-        f"Give {TEACHER_FLAG} a causal language model, for example of the GPT-2, Llama, Qwen, OPT or "
-        "GPT-NeoX family.",
+        f"Give {TEACHER_FLAG} a causal language model, such as a GPT-2, Llama, Qwen or OPT one.",
     )
 
 

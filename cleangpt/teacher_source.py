@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cleangpt.errors import EnvironmentProblem, InputError, UsageError
-from cleangpt.hub import local_path
+from cleangpt.hub import is_hub_reachable, local_path, unreachable
 
 # Both commands name the teacher differently; the contract keeps both flags.
 TEACHER_FLAG = "--teacher_model_name_or_path (--teacher_model_name)"
@@ -94,7 +94,12 @@ def find_teacher(name: str, revision: str | None, trust_remote_code: bool) -> Te
     if name == "builtin":
         from cleangpt.builtin import builtin_teacher_path
 
-        path = Path(builtin_teacher_path())
+        path = builtin_teacher_path()
+        if not path.is_dir():
+            raise EnvironmentProblem(
+                f"this installation lacks the built-in teacher; looked in {path}.",
+                "Install the package again, or train it: python -m cleangpt.builtin.train",
+            )
     elif name == "smollm2":
         path = _packaged_gguf()
     else:
@@ -115,3 +120,19 @@ def find_teacher(name: str, revision: str | None, trust_remote_code: bool) -> Te
         )
     _check_gguf_reader(path)
     return TeacherSource(name, str(path.parent), path.name, trust_remote_code=trust_remote_code)
+
+
+def check_teacher_name(name: str, *, revision: str | None = None) -> None:
+    """Refuse at once what ``load_teacher`` would refuse by name, before torch is even imported.
+
+    Raises:
+        CleanGPTError: As ``find_teacher`` does, and if a hub name is neither cached nor reachable.
+    """
+    source = find_teacher(name, revision, False)
+    if source.is_local:
+        return
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(source.location, "config.json", revision=revision)
+    if not isinstance(cached, str) and not is_hub_reachable():
+        raise unreachable("model", source.location, flag=TEACHER_FLAG, revision=revision)

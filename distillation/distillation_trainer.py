@@ -17,7 +17,7 @@ from typing_extensions import Unpack
 from cleangpt.errors import CheckpointError
 from cleangpt.metrics_log import RunProgress
 from cleangpt.run_directory import RunDirectory
-from distillation.config import DistillationConfig, LoopOptions, PerBlock
+from distillation.config import LoopOptions, PerBlock
 from distillation.trainers.backbone_trainer import BackboneDistillationTrainer
 from distillation.trainers.head_trainer import HeadDistillationTrainer
 from distillation.utils.checkpoint import load_checkpoint, save_checkpoint
@@ -51,6 +51,7 @@ class DistillationTrainer:
         logit_loss_weight: Factor on the logit loss, relative to the hidden-state loss.
         optimizer_cls: Called as ``optimizer_cls(parameter_groups, lr=...)``.
         overwrite: Whether an earlier run in ``output_dir`` may be deleted.
+        keep_start: Whether to save the untrained student too, in ``start/``, for comparison.
         show_progress: Whether to draw bars; None draws them on a terminal and in a notebook.
         **options: ``gradient_accumulation_steps``, ``lr_schedule``, ``warmup_ratio``,
             ``min_lr_ratio``, ``max_nonfinite_in_a_row``, ``hidden_state_pictures``, ``seed``; see
@@ -81,27 +82,24 @@ class DistillationTrainer:
         optimizer_cls: Callable[..., Any] = torch.optim.AdamW,
         *,
         overwrite: bool = False,
+        keep_start: bool = False,
         show_progress: bool | None = None,
         **options: Unpack[LoopOptions],
     ) -> None:
-        self.config = DistillationConfig(
-            distill_loss_type=distill_loss_type,
-            distill_loss_temperature=distill_loss_temperature,
-            use_stitching_layers=use_stitching_layers,
-            stitching_layer_bias=stitching_layer_bias,
-            freeze_previous_blocks=freeze_previous_blocks,
-            logit_loss_type=logit_loss_type,
-            logit_loss_temperature=logit_loss_temperature,
-            logit_loss_weight=logit_loss_weight,
-            log_interval=log_interval,
-            **options,
-        )
         self.student_model = student_model
         self.tokenizer = tokenizer
         self.run = RunDirectory(output_dir)
         self.overwrite = overwrite
+        self.keep_start = keep_start
         self.show_progress = show_progress
         models = (teacher_model, student_model, tokenizer, train_dataloader)
+        shared: dict[str, Any] = {
+            "device": device,
+            "output_dir": output_dir,
+            "log_interval": log_interval,
+            "optimizer_cls": optimizer_cls,
+            **options,
+        }
         self.backbone_trainer = BackboneDistillationTrainer(
             *models,
             distill_loss_type=distill_loss_type,
@@ -109,22 +107,14 @@ class DistillationTrainer:
             use_stitching_layers=use_stitching_layers,
             stitching_layer_bias=stitching_layer_bias,
             freeze_previous_blocks=freeze_previous_blocks,
-            device=device,
-            output_dir=output_dir,
-            log_interval=log_interval,
-            optimizer_cls=optimizer_cls,
-            **options,
+            **shared,
         )
         self.head_trainer = HeadDistillationTrainer(
             *models,
             logit_loss_type=logit_loss_type,
             logit_loss_temperature=logit_loss_temperature,
             logit_loss_weight=logit_loss_weight,
-            device=device,
-            output_dir=output_dir,
-            log_interval=log_interval,
-            optimizer_cls=optimizer_cls,
-            **options,
+            **shared,
         )
 
     def train(
@@ -193,14 +183,9 @@ class DistillationTrainer:
         for trainer in (self.backbone_trainer, self.head_trainer):
             trainer.run, trainer.progress = self.run, progress
         with self.run.opened(self.backbone_trainer.about_run(), overwrite=self.overwrite):
-            settings = {
-                **asdict(self.config),
-                **backbone,
-                "train_lm_head": head is not None,
-                **(head or {}),
-                "initialize_head_from_teacher": head_from_teacher,
-            }
-            self.run.write_json("config.json", settings)
+            self._write_settings(backbone, head, head_from_teacher)
+            if self.keep_start:
+                self.run.write_folder("start", self._fill_folder)
             results = self.backbone_trainer.train_backbone(**backbone)
             results.update(head_loss=None, head=None)
             if head is not None:
@@ -215,6 +200,25 @@ class DistillationTrainer:
         results["skipped_batches"] = sum(row["skipped"] for row in rows)
         results["seconds"] = time.perf_counter() - started_at
         return results
+
+    def _write_settings(
+        self, backbone: dict[str, Any], head: dict[str, Any] | None, head_from_teacher: bool
+    ) -> None:
+        """Write down everything that decided this run."""
+        logit_settings = {
+            name: value
+            for name, value in asdict(self.head_trainer.config).items()
+            if name.startswith("logit_")
+        }
+        settings = {
+            **asdict(self.backbone_trainer.config),
+            **logit_settings,
+            **backbone,
+            "train_lm_head": head is not None,
+            **(head or {}),
+            "initialize_head_from_teacher": head_from_teacher,
+        }
+        self.run.write_json("config.json", settings)
 
     def _save_student(self, results: dict[str, Any]) -> None:
         """Write the student as a HuggingFace folder and as one file, and read the file back."""

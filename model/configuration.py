@@ -52,7 +52,8 @@ class StudentConfig(PretrainedConfig):
         use_channel_factor_proj: A Kronecker output projection in place of a dense one, or of none.
         teacher_n_embd: Width of the teacher's hidden states, if stated.
         attn_gain: "per_head" or "fixed_one".
-        activation_function: Name of the MLP's activation in ``transformers``.
+        activation_function: Name of the MLP's activation in ``transformers``. The default computes
+            GPT-2's "gelu_new" in one fused operation.
         layer_norm_epsilon: Added to the variance in every norm.
         initializer_range: Standard deviation of new embeddings and (Vanilla, Factored) matrices.
         tie_word_embeddings: Whether the head reads the embedding matrix.
@@ -88,7 +89,7 @@ class StudentConfig(PretrainedConfig):
     use_channel_factor_proj: bool = False
     teacher_n_embd: int | None = None
     attn_gain: str = "per_head"
-    activation_function: str = "gelu_new"
+    activation_function: str = "gelu_pytorch_tanh"
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True

@@ -33,8 +33,8 @@ class StudentModel(PreTrainedModel, GenerationMixin):
             configuration.
 
     Raises:
-        ValueError: If ``vocab_size`` is not set, or the configuration is another kind's; from ``forward`` if the sequence is longer than
-            ``block_size`` or the mask does not fit.
+        ValueError: If ``vocab_size`` is not set, or the configuration is another kind's; from
+            ``forward`` if the sequence is longer than ``block_size`` or the mask does not fit.
 
     ``forward`` returns logits (B, T, vocab_size) and takes:
 
@@ -48,8 +48,8 @@ class StudentModel(PreTrainedModel, GenerationMixin):
         position_ids: (B, T). By default the number of real tokens before each position.
         past_key_values: Cache of earlier positions, extended in place.
         inputs_embeds: (B, T, n_embd) token embeddings in place of ``input_ids``.
-        use_cache: Whether to fill a cache. None: only if ``past_key_values`` is given, because
-            most calls of a student are training steps.
+        use_cache: Whether to open a cache. None: no, because most calls of a student are training
+            steps. One that is given is always used.
         output_attentions: Whether to return the (B, H, T, S) attention weights of each block.
         logits_to_keep: Number of last positions to compute logits for, or their indices.
             0 computes all.
@@ -237,10 +237,10 @@ class StudentModel(PreTrainedModel, GenerationMixin):
                 block.init_weights()
 
     def _open_cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
-        if use_cache is None:
-            use_cache = cache is not None
-        if not use_cache or (self.training and self.blocks[0].gradient_checkpointing):
+        if cache is None and not use_cache:
             return None
+        if self.training and self.blocks[0].gradient_checkpointing:
+            return None  # a block that runs again in the backward pass would append twice
         cache = DynamicCache(config=self.config) if cache is None else cache
         self.adapt_cache(cache)
         return cache

@@ -1,6 +1,7 @@
 """Tiny models and batches, built from configurations. The only builders of the suite."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -113,7 +114,10 @@ def padded(batch: dict[str, Tensor], extra: int, side: str = "right") -> dict[st
     rows = batch["input_ids"].shape[0]
     junk = torch.full((rows, extra), 5, dtype=torch.long)
     none = torch.zeros((rows, extra), dtype=torch.long)
-    parts = {"input_ids": (junk, batch["input_ids"]), "attention_mask": (none, batch["attention_mask"])}
+    parts = {
+        "input_ids": (junk, batch["input_ids"]),
+        "attention_mask": (none, batch["attention_mask"]),
+    }
     order = slice(None) if side == "left" else slice(None, None, -1)
     return {name: torch.cat(pair[order], dim=1) for name, pair in parts.items()}
 
@@ -121,3 +125,24 @@ def padded(batch: dict[str, Tensor], extra: int, side: str = "right") -> dict[st
 def weights_of(model: Any) -> dict[str, Tensor]:
     """A copy of all tensors of a model."""
     return copy.deepcopy(model.state_dict())
+
+
+def unchanged(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
+    """Names of the tensors that are equal bit for bit."""
+    return {name for name in before if torch.equal(before[name], after[name])}
+
+
+def backbone_trainer(
+    output_dir: Path, student: Any = None, data: Any = None, **options: Any
+) -> Any:
+    """A backbone trainer for a tiny teacher (``family``), student and list of batches."""
+    from distillation.trainers import BackboneDistillationTrainer
+
+    return BackboneDistillationTrainer(
+        tiny_teacher(options.pop("family", "gpt2")),
+        tiny_student() if student is None else student,
+        None,
+        batches() if data is None else data,
+        output_dir=output_dir / "run",
+        **options,
+    )

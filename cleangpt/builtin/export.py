@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from cleangpt.builtin.corpus import builtin_texts, corpus_fingerprint
-from cleangpt.builtin.pretraining import PretrainingSettings, PretrainingState, mean_loss
+from cleangpt.builtin.pretraining import PretrainingState, mean_loss
+from cleangpt.builtin.settings import PretrainingSettings
 
 PROMPT: Final = "Return a list of"
 
@@ -62,11 +63,12 @@ text of this one, where a module was renamed.
 `python -m cleangpt.builtin.train --output_dir runs/builtin_teacher{flags}`
 
 From scratch, {step:,} of {steps:,} steps of {batch_size} windows ({epochs:.1f} passes over the
-text) in {minutes:.0f} minutes on two CPU cores that others used as well. AdamW, peak learning rate
-{learning_rate:g}: linear warm-up over {warmup_steps} steps, constant, linear to zero over the last
-{cooldown:.0%}. Weight decay {weight_decay:g}, dropout {dropout:g}, exponential average of the
-weights ({average_decay:g}), taken where the validation loss was lowest (step {best_step:,}).
-Seed {seed}. The tokenizer is a byte-level BPE learnt from the training split.
+text) in {minutes:.0f} minutes on two CPU cores that other work shared. Muon for the matrices of
+the blocks and AdamW for the rest, peak learning rate {learning_rate:g}: linear warm-up over
+{warmup_steps} steps, constant, linear to zero over the last {cooldown:.0%}. Weight decay
+{weight_decay:g}, dropout {dropout:g}, exponential average of the weights ({average_decay:g}), taken
+where the validation loss was lowest (step {best_step:,}). Seed {seed}. The tokenizer is a
+byte-level BPE learnt from the training split.
 
 ## Sample
 

@@ -25,55 +25,12 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from cleangpt.builtin.settings import PretrainingSettings
 from cleangpt.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_FORMAT = 1
-
-
-@dataclass(frozen=True)
-class PretrainingSettings:
-    """Everything that decides the teacher's weights, next to the text itself.
-
-    Args:
-        vocab_size: Tokens in the vocabulary.
-        context_length: Window length, in tokens.
-        n_layer: Blocks.
-        n_embd: Width.
-        n_head: Attention heads per block.
-        dropout: Probability, on embeddings and both residual branches; attention weights have none,
-            since that would switch off the fast attention kernel on the CPU.
-        batch_size: Windows per optimizer step.
-        steps: Optimizer steps; sets when the learning rate starts to fall.
-        learning_rate: Peak rate of AdamW.
-        warmup_steps: Steps of linear warm-up.
-        cooldown: Last share of the steps, in which the rate falls linearly to zero.
-        weight_decay: On matrices only, never on norms and biases.
-        max_grad_norm: Gradient clipping.
-        average_decay: Decay per step of the weight average that is evaluated and shipped.
-        eval_every: Steps between two validations.
-        seed: Seed of weights, windows and dropout.
-        bf16: Matrix products in bfloat16 by autocast; parameters stay in float32.
-    """
-
-    vocab_size: int = 2048
-    context_length: int = 256
-    n_layer: int = 6
-    n_embd: int = 192
-    n_head: int = 6
-    dropout: float = 0.2
-    batch_size: int = 16
-    steps: int = 4000
-    learning_rate: float = 2e-3
-    warmup_steps: int = 150
-    cooldown: float = 0.5
-    weight_decay: float = 0.1
-    max_grad_norm: float = 1.0
-    average_decay: float = 0.998
-    eval_every: int = 150
-    seed: int = 0
-    bf16: bool = True
 
 
 @dataclass
@@ -82,7 +39,7 @@ class PretrainingState:
 
     model: GPT2LMHeadModel
     average: GPT2LMHeadModel
-    optimizer: torch.optim.AdamW
+    optimizers: tuple[torch.optim.Optimizer, ...]
     step: int = 0
     best_loss: float = math.inf
     best_step: int = 0
@@ -107,16 +64,20 @@ def initial_state(settings: PretrainingSettings, eos_token_id: int) -> Pretraini
         bos_token_id=eos_token_id,
         eos_token_id=eos_token_id,
     )
+    # At this size attention written out costs a fifth less processor time than the fused kernel.
+    config._attn_implementation = "eager"
     model = GPT2LMHeadModel(config)
     average = copy.deepcopy(model).eval().requires_grad_(False)
-    decayed = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    groups = [
-        {"params": decayed, "weight_decay": settings.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
-    return PretrainingState(model, average, optimizer)
+    matrices = [p for p in model.transformer.h.parameters() if p.ndim == 2]
+    known = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in known]
+    # At equal processor time Muon was ahead of AdamW by 0.4 nats after the first minute. Its steps
+    # are scaled to the size of AdamW's, so that one learning rate serves both.
+    muon = torch.optim.Muon(
+        matrices, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
+    adamw = torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0)
+    return PretrainingState(model, average, (muon, adamw))
 
 
 def learning_rate(step: int, settings: PretrainingSettings) -> float:
@@ -179,8 +140,9 @@ def train_step(
 ) -> float:
     """Take one optimizer step, update the average, and return the training loss in nats."""
     rate = learning_rate(state.step, settings)
-    for group in state.optimizer.param_groups:
-        group["lr"] = rate
+    for optimizer in state.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
     ids = batch_at(state.step, stream, settings)
     torch.manual_seed(settings.seed * 1_000_003 + state.step)  # dropout, also after a resume
     state.model.train()
@@ -189,8 +151,9 @@ def train_step(
     loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
     loss.backward()
     nn.utils.clip_grad_norm_(state.model.parameters(), settings.max_grad_norm)
-    state.optimizer.step()
-    state.optimizer.zero_grad()
+    for optimizer in state.optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
     state.step += 1
     # A short memory at first: an average that remembers the random start is of no use.
     decay = min(settings.average_decay, (1 + state.step) / (10 + state.step))
@@ -251,7 +214,7 @@ def save_checkpoint(state: PretrainingState, settings: PretrainingSettings, path
     content = {
         "model": state.model.state_dict(),
         "average": state.average.state_dict(),
-        "optimizer": state.optimizer.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in state.optimizers],
         "best_weights": state.best_weights,
         "progress": json.dumps(
             {
@@ -300,7 +263,8 @@ def load_checkpoint(state: PretrainingState, settings: PretrainingSettings, path
         )
     state.model.load_state_dict(content["model"])
     state.average.load_state_dict(content["average"])
-    state.optimizer.load_state_dict(content["optimizer"])
+    for optimizer, stored_state in zip(state.optimizers, content["optimizers"], strict=True):
+        optimizer.load_state_dict(stored_state)
     state.best_weights = content["best_weights"]
     state.step, state.best_step = progress["step"], progress["best_step"]
     state.best_loss, state.elapsed_seconds = progress["best_loss"], progress["elapsed_seconds"]

@@ -10,58 +10,91 @@ The shipped teacher is ``<output_dir>/teacher`` of the command on its model card
 ``cleangpt/builtin/assets``.
 """
 
-import argparse
 import logging
+from dataclasses import fields
 from pathlib import Path
+from typing import Final
+
+from cleangpt.builtin.settings import PretrainingSettings
+from cleangpt.cli import (
+    CommandParser,
+    add_switch,
+    non_negative_float,
+    non_negative_int,
+    positive_float,
+    positive_int,
+    probability,
+    run_command,
+    setup_logging,
+)
 
 logger = logging.getLogger(__name__)
 
+# Name of the setting: its type and its meaning. The defaults are those of PretrainingSettings.
+FLAGS: Final = {
+    "vocab_size": (positive_int, "tokens in the vocabulary, 257 or more"),
+    "context_length": (positive_int, "window length, in tokens"),
+    "n_layer": (positive_int, "blocks"),
+    "n_embd": (positive_int, "width"),
+    "n_head": (positive_int, "attention heads per block"),
+    "dropout": (probability, "on embeddings and residual branches"),
+    "batch_size": (positive_int, "windows per step"),
+    "steps": (positive_int, "optimizer steps of the whole run"),
+    "learning_rate": (positive_float, "peak learning rate"),
+    "warmup_steps": (non_negative_int, "steps of linear warm-up"),
+    "cooldown": (probability, "last share of the steps, in which the rate falls to zero"),
+    "weight_decay": (non_negative_float, "on the blocks' matrices"),
+    "max_grad_norm": (positive_float, "gradient clipping"),
+    "average_decay": (probability, "decay per step of the average of the weights"),
+    "eval_every": (positive_int, "steps between two validations and checkpoints"),
+    "seed": (non_negative_int, "of weights, windows and dropout"),
+}
 
-def build_parser() -> argparse.ArgumentParser:
+
+def build_parser() -> CommandParser:
     """Return the command's parser; needs no heavy import."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m cleangpt.builtin.train",
         description="Train the built-in teacher on the text that every CPython carries.",
-        allow_abbrev=False,
     )
-    add = parser.add_argument
-    add("--output_dir", type=Path, default=Path("runs/builtin_teacher"), help="where to write")
-    add("--minutes", type=float, help="stop after this many minutes; 0 only writes the teacher")
-    add("--steps", type=int, help="optimizer steps of the whole run")
-    add("--batch_size", type=int, help="windows per step")
-    add("--context_length", type=int, help="window length in tokens")
-    add("--vocab_size", type=int, help="tokens in the vocabulary")
-    add("--n_layer", type=int, help="blocks")
-    add("--n_embd", type=int, help="width")
-    add("--n_head", type=int, help="attention heads")
-    add("--dropout", type=float, help="on embeddings and residual branches")
-    add("--learning_rate", type=float, help="peak learning rate")
-    add("--weight_decay", type=float, help="on matrices only")
-    add("--eval_every", type=int, help="steps between validations and checkpoints")
-    add("--seed", type=int, help="seed of weights, windows and dropout")
-    add("--no_bf16", dest="bf16", action="store_false", default=None, help="all in float32")
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        default=Path("runs/builtin_teacher"),
+        help="where checkpoint.pt and teacher/ go (default: runs/builtin_teacher)",
+    )
+    parser.add_argument(
+        "--minutes",
+        type=non_negative_float,
+        default=None,
+        help="stop after this long; 0 writes the teacher from the checkpoint (default: no limit)",
+    )
+    defaults = {field.name: field.default for field in fields(PretrainingSettings)}
+    for name, (kind, meaning) in FLAGS.items():
+        parser.add_argument(
+            f"--{name}",
+            type=kind,
+            default=defaults[name],
+            help=f"{meaning} (default: {defaults[name]})",
+        )
+    add_switch(parser, "bf16", "no_bf16", PretrainingSettings.bf16, "matrix products in bfloat16")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train, or continue to train, and write the teacher's folder."""
-    arguments = build_parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    flags = vars(build_parser().parse_args(argv))
+    setup_logging(flags.pop("debug"))
+    output_dir = flags.pop("output_dir")
+    minutes = flags.pop("minutes")
+    settings = PretrainingSettings(**flags)
 
     from cleangpt.builtin import builtin_texts
     from cleangpt.builtin.export import export_teacher
-    from cleangpt.builtin.pretraining import (
-        PretrainingSettings,
-        initial_state,
-        load_checkpoint,
-        train,
-    )
+    from cleangpt.builtin.pretraining import initial_state, load_checkpoint, train
     from cleangpt.builtin.tokenizer import token_stream, train_tokenizer
 
-    chosen = {k: v for k, v in vars(arguments).items() if v is not None}
-    output_dir = chosen.pop("output_dir")
-    minutes = chosen.pop("minutes", float("inf"))
-    settings = PretrainingSettings(**chosen)
     texts = {split: builtin_texts(split) for split in ("train", "validation", "test")}
     tokenizer = train_tokenizer(texts["train"], settings.vocab_size, settings.context_length)
     streams = {split: token_stream(tokenizer, part) for split, part in texts.items()}
@@ -71,10 +104,10 @@ def main(argv: list[str] | None = None) -> None:
     if checkpoint.exists():
         load_checkpoint(state, settings, checkpoint)
         logger.info("continuing %s at step %d of %d", checkpoint, state.step, settings.steps)
-    train(state, settings, streams, checkpoint, minutes)
+    train(state, settings, streams, checkpoint, float("inf") if minutes is None else minutes)
     folder = export_teacher(state, settings, tokenizer, streams, output_dir / "teacher")
     logger.info("wrote %s", folder)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(run_command(main))

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
         CleanGPTError: For anything the user can mend; ``run_command`` prints it in two lines.
     """
-    arguments = _parser().parse_args(argv)
+    arguments = build_parser().parse_args(argv)
     setup_logging(arguments.debug)
 
     from cleangpt.data import load_texts
@@ -128,7 +128,7 @@ def _evaluate(
     return result
 
 
-def _parser() -> CommandParser:
+def build_parser() -> CommandParser:
     """All flags; those of ``_add_measurement_flags`` say how to measure, these what."""
     parser = CommandParser(
         prog=f"python -m {PROGRAM}",

@@ -4,10 +4,10 @@ It takes models, a tokenizer and texts, and returns numbers. It reads and writes
 ``evaluate_distilled_model.py`` loads and ``report.py`` writes.
 """
 
-import hashlib
 import logging
 import platform
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -16,11 +16,13 @@ import transformers
 from torch import nn
 
 from cleangpt.blocks import BlockStack
+from cleangpt.data.text_sources import fingerprint_of
+from cleangpt.data.windows import pack_documents
 from cleangpt.errors import InputError, UsageError
 from cleangpt.generation import GenerationSettings
 from cleangpt.runtime.module_state import preserved_modes
 from distillation.evaluation.hidden_comparison import compare_hidden_states
-from distillation.evaluation.metrics import TokenSums, quality_from_sums, score_models
+from distillation.evaluation.metrics import quality_from_sums, score_models
 from distillation.evaluation.prompts import compare_generations, cut_prompts
 from distillation.evaluation.results import (
     FORMAT_VERSION,
@@ -33,7 +35,7 @@ from distillation.evaluation.results import (
     SpeedResult,
     find_non_finite,
 )
-from distillation.evaluation.scoring_windows import plan_windows, window_batches
+from distillation.evaluation.scoring_windows import WindowBatch, plan_windows, window_batches
 from distillation.evaluation.speed import measure_size, measure_speed
 from stitching_layers import StitchingLayers
 
@@ -41,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_SEQ_LEN = 1024
 MAX_LOGITS_PER_BATCH = 2**27  # half a gigabyte of fp32 per model
+SECONDS_BETWEEN_LINES = 10.0
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class _Entry:
 
 @dataclass(frozen=True)
 class _Tokens:
-    """The text as one stream of ids, documents separated by end-of-text."""
+    """The text as one stream of ids; ``scored_bytes`` leaves out the first, unscored, token."""
 
     ids: list[int]
     num_documents: int
@@ -104,18 +107,30 @@ def evaluate(
     """
     settings = settings or EvaluationSettings()
     entries = _entries(teacher_name, teacher, student_name, student, baselines or {})
-    notes: list[str] = []
     models = [entry.stack.model for entry in entries]
     with preserved_modes(*models):
         for model in models:
             model.eval()
-        tokens = _tokenize(tokenizer, texts, settings.max_tokens, notes)
-        _check_vocabularies(entries, tokens.ids, notes)
-        seq_len, stride = _window_sizes(entries, settings, notes)
-        data = _data_result(tokens, texts, seq_len, stride)
-        rows = _score(entries, tokens, data, settings)
-        hidden = _compare_hidden(entries, tokens.ids, data, settings, stitches, layer_map, notes)
-        generations, generation_settings = _generate(entries, tokenizer, texts, settings, notes)
+        return _evaluate(entries, tokenizer, texts, settings, stitches, layer_map)
+
+
+def _evaluate(
+    entries: Sequence[_Entry],
+    tokenizer: Any,
+    texts: Sequence[str],
+    settings: EvaluationSettings,
+    stitches: StitchingLayers | None,
+    layer_map: Sequence[int] | None,
+) -> EvaluationResult:
+    """Every measurement in order, with the models in eval mode."""
+    notes: list[str] = []
+    tokens = _tokenize(tokenizer, texts, settings.max_tokens, notes)
+    _check_vocabularies(entries, tokens.ids, notes)
+    seq_len, stride = _window_sizes(entries, settings, notes)
+    data = _data_result(tokens, texts, seq_len, stride)
+    rows = _score(entries, tokens, data, settings)
+    hidden = _compare_hidden(entries, tokens.ids, data, settings, stitches, layer_map, notes)
+    generations, generation_settings = _generate(entries, tokenizer, texts, settings, notes)
     result = EvaluationResult(
         format_version=FORMAT_VERSION,
         models=rows,
@@ -155,35 +170,32 @@ def _entries(
 
 
 def _tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int, notes: list[str]) -> _Tokens:
-    """One stream of ids, at most ``max_tokens`` of them scored."""
-    separator = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-    limit = max_tokens + 1 if max_tokens else 0
-    ids: list[int] = []
-    num_documents = num_bytes = 0
-    for text in texts:
-        if not text.strip():
-            continue
-        document = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        ids += (separator if ids else []) + document
-        num_documents += 1
-        num_bytes += len(text.encode("utf-8", "replace"))
-        if limit and len(ids) >= limit:
-            break
+    """The stream training packs too, at most ``max_tokens`` of it scored."""
+    if isinstance(texts, str):
+        raise InputError(
+            "texts is one string; its characters would become the documents.",
+            "Pass a list of documents, for example evaluate(..., texts=[text]).",
+        )
+    stream, num_documents = pack_documents(texts, tokenizer)
+    ids: list[int] = stream.tolist()
     if len(ids) < 2:
         raise InputError(
             f"The evaluation text has {len(ids)} tokens; at least 2 are needed.",
             "Name a longer text with --dataset_name, or raise --max_samples.",
         )
-    whole = len(ids)
-    if limit and whole > limit:
-        ids = ids[:limit]
-        notes.append(
-            f"Scored the first {max_tokens:,} tokens only (max_tokens), "
-            f"from {num_documents} of {len(texts)} documents."
-        )
-        num_bytes = len(str(tokenizer.decode(ids)).encode("utf-8", "replace"))
-    first = len(str(tokenizer.decode(ids[:1])).encode("utf-8", "replace"))
-    return _Tokens(ids, num_documents, num_bytes, max(1, num_bytes - first))
+    num_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts if text)
+    if max_tokens and len(ids) > max_tokens + 1:
+        notes.append(f"Scored the first {max_tokens:,} of {len(ids) - 1:,} tokens (max_tokens).")
+        ids = ids[: max_tokens + 1]
+        num_bytes = _num_bytes(tokenizer, ids)
+    return _Tokens(
+        ids, num_documents, num_bytes, max(1, num_bytes - _num_bytes(tokenizer, ids[:1]))
+    )
+
+
+def _num_bytes(tokenizer: Any, ids: list[int]) -> int:
+    """UTF-8 bytes of the text of these tokens; special tokens have none."""
+    return len(str(tokenizer.decode(ids, skip_special_tokens=True)).encode("utf-8", "replace"))
 
 
 def _check_vocabularies(entries: Sequence[_Entry], ids: Sequence[int], notes: list[str]) -> None:
@@ -230,13 +242,10 @@ def _window_sizes(
 
 
 def _data_result(tokens: _Tokens, texts: Sequence[str], seq_len: int, stride: int) -> DataResult:
-    digest = hashlib.sha256()
-    for text in texts:
-        digest.update(text.encode("utf-8", "replace") + b"\x00")
     return DataResult(
         name="",
         split="",
-        fingerprint=digest.hexdigest(),
+        fingerprint=fingerprint_of(texts),
         num_documents=tokens.num_documents,
         num_tokens=len(tokens.ids),
         num_bytes=tokens.num_bytes,
@@ -264,7 +273,7 @@ def _score(
         settings.num_workers,
     )
     stacks = [entry.stack for entry in entries]
-    sums: list[TokenSums] = score_models(stacks, stacks[0], batches)
+    sums = score_models(stacks, stacks[0], _with_progress(batches, data["num_windows"]))
     speeds: Sequence[SpeedResult | None] = [None] * len(entries)
     if settings.speed_seconds > 0:
         speeds = measure_speed(stacks, tokens.ids, data["seq_len"], settings.speed_seconds)
@@ -279,6 +288,17 @@ def _score(
         )
         for entry, own, speed in zip(entries, sums, speeds, strict=True)
     ]
+
+
+def _with_progress(batches: Iterator[WindowBatch], num_windows: int) -> Iterator[WindowBatch]:
+    """The same batches; a line in the log every ten seconds."""
+    done, said_at = 0, time.monotonic()
+    for batch in batches:
+        yield batch
+        done += len(batch.input_ids)
+        if time.monotonic() - said_at > SECONDS_BETWEEN_LINES:
+            logger.info("Scored %d of %d windows", done, num_windows)
+            said_at = time.monotonic()
 
 
 def _compare_hidden(

@@ -8,7 +8,7 @@ by their count: batches, padding and ragged windows cannot weigh in. Models are 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -21,6 +21,7 @@ from distillation.evaluation.scoring_windows import WindowBatch
 POSITIONS_PER_CHUNK = 256
 
 
+@runtime_checkable
 class LogitModel(Protocol):
     """What is asked of a model: its device and its logits."""
 

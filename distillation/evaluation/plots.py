@@ -14,6 +14,7 @@ from typing import Any
 
 from distillation.evaluation.results import EvaluationResult
 from distillation.evaluation.safe_text import clean_line
+from distillation.evaluation.tables import format_number
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def _png(
 def _style(axes: Any, theme: Theme, title: str, grid_axis: str) -> None:
     axes.set_title(title, color=theme.text, fontsize=11, loc="left")
     axes.set_facecolor("none")
-    axes.tick_params(colors=theme.text, length=0)
+    axes.tick_params(which="both", colors=theme.text, length=0)
     axes.grid(axis=grid_axis, color=theme.grid, linewidth=0.8)
     axes.set_axisbelow(True)
     for spine in axes.spines.values():
@@ -120,7 +121,7 @@ def _horizontal_bars(
     axes.barh(positions, drawable, color=list(colours), height=0.6)
     axes.set_yticks(positions, list(names))
     for position, value in zip(positions, values, strict=True):
-        shown = label.format(value) if math.isfinite(value) else str(value)
+        shown = label.format(value) if math.isfinite(value) else format_number(value)
         start = value if math.isfinite(value) else axes.get_xlim()[0]
         axes.annotate(
             shown,
@@ -158,12 +159,17 @@ def _draw_layer_mse(figure: Any, result: EvaluationResult, theme: Theme) -> None
     axes = figure.subplots()
     assert result["hidden_states"] is not None, "draw_plots checks this"
     values = [block["mse"] for block in result["hidden_states"]["blocks"]]
-    if _spans_decades([value for value in values if math.isfinite(value)]):
+    finite = [value for value in values if math.isfinite(value)]
+    title = "Hidden-state mean squared error per block"
+    if _spans_decades(finite):
         axes.set_yscale("log")
         _plain_numbers(axes.yaxis)
-    axes.margins(y=0.12)
+        axes.margins(y=0.12)
+        title += " (log scale)"
+    else:
+        axes.set_ylim(0, max(finite, default=0.0) * 1.15 or 1.0)
     _vertical_bars(axes, theme, _block_labels(result), values)
-    _style(axes, theme, "Hidden-state mean squared error per block", "y")
+    _style(axes, theme, title, "y")
     axes.set_ylabel("MSE per channel")
 
 
@@ -197,7 +203,7 @@ def _vertical_bars(axes: Any, theme: Theme, labels: Sequence[str], values: Seque
         if math.isfinite(value) and len(labels) > 12:
             continue  # too many bars for numbers; the table has them
         axes.annotate(
-            f"{value:.3g}",
+            format_number(value, ".3g"),
             (position, value if math.isfinite(value) else axes.get_ylim()[0]),
             xytext=(0, 2),
             textcoords="offset points",

@@ -49,7 +49,7 @@ def cut_prompts(texts: Sequence[str], num_prompts: int, max_new_tokens: int) -> 
     """Return prompts spread evenly over the texts, each with what the text goes on with.
 
     A prompt starts at a line or word boundary and has at most 20 words. There are fewer than asked
-    for if the texts are too short.
+    for if the texts are too short or repeat themselves.
     """
     total = sum(len(text) for text in texts)
     prompts: list[Generation] = []
@@ -68,15 +68,17 @@ def cut_prompts(texts: Sequence[str], num_prompts: int, max_new_tokens: int) -> 
 
 
 def _excerpt_at(texts: Sequence[str], position: int) -> str:
-    """The text from the first boundary after a character position, within one document."""
+    """The text from a line or word boundary near a character position, within one document.
+
+    Too near the end of a document for a prompt and what follows it, the document's start is taken.
+    """
     for text in texts:
         if position < len(text):
-            start = position
-            if start:
-                near = text[start : start + 2000]
-                boundary = re.search(r"\n\s*", near) or re.search(r"\s+", near)
-                start += boundary.end() if boundary else 0
-            return text[start : start + 4000].lstrip()
+            near = text[position : position + 4000]
+            found = (re.search(pattern, near) for pattern in (r"\n\s*", r"\s+"))
+            cuts = [near[boundary.end() :] for boundary in found if boundary]
+            long_enough = (cut for cut in cuts if len(cut.split()) > 1.5 * PROMPT_WORDS)
+            return next(long_enough, text[:4000]).lstrip()
         position -= len(text)
     return ""
 

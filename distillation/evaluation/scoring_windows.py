@@ -107,6 +107,7 @@ def window_batches(
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=_collate,
+        generator=torch.Generator(),  # else iterating draws from the global one
     )
     for batch in loader:
         yield WindowBatch(**batch)

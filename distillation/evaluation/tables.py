@@ -120,7 +120,9 @@ def summary(result: EvaluationResult) -> str:
     teacher, student = result["models"][0], result["models"][1]
     quality = student["quality"]
     share = student["size"]["parameters"] / max(teacher["size"]["parameters"], 1)
-    sentences = [f"The student has {share:.0%} of the teacher's parameters."]
+    sentences = [
+        f"The student has {share:.{0 if share >= 0.01 else 2}%} of the teacher's parameters."
+    ]
     if math.isfinite(quality["perplexity"]) and math.isfinite(quality["kl_nats"]):
         sentences.append(
             f"Its perplexity is {format_perplexity(quality['perplexity'])} against "

@@ -119,6 +119,29 @@ def test_distilled_model_is_evaluated(
         json.loads(path.read_text(encoding="utf-8"))
 
 
+def test_command_builds_what_get_model_class_says(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A student registered in the example's own factory function is the one that trains."""
+    from examples import run_distillation_example as example
+    from model.model_vanilla_distillation import VanillaTransformerModelDistillation
+
+    built: list[str] = []
+
+    class MyCustomTransformerModelDistillation(VanillaTransformerModelDistillation):
+        def __init__(self, config: object) -> None:
+            super().__init__(config)
+            built.append(type(self).__name__)
+
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr(
+        example, "get_model_class", lambda name: MyCustomTransformerModelDistillation
+    )
+    target = ["--output_dir", str(tmp_path / "custom"), "--student_model_type", "Vanilla"]
+    example.main([*command(DISTIL), *SMALL_RUN, *target])
+    assert built, "main must look get_model_class up in its own module"
+
+
 def test_cuda_without_a_gpu_says_what_to_do(workplace: Path) -> None:
     """The printed command asks for "cuda"."""
     import torch

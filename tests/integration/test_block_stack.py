@@ -116,7 +116,9 @@ def test_blocks_that_cannot_be_found_are_explained() -> None:
 
     model = tiny_teacher("gpt2")
     model.config.n_layer = 5
-    with pytest.raises(ValueError, match=r"0 lists of 5 blocks.*GPT2LMHeadModel.*transformer\.h") as e:
+    with pytest.raises(
+        ValueError, match=r"0 lists of 5 blocks.*GPT2LMHeadModel.*transformer\.h"
+    ) as e:
         BlockStack(model)
     assert "blocks_path" in str(e.value)
     with pytest.raises(ValueError, match="blocks_path='nowhere' is not a ModuleList"):

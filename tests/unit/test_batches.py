@@ -1,8 +1,7 @@
 """The order of batches is a function of (seed, epoch)."""
 
-import torch
-
 import pytest
+import torch
 
 from cleangpt.data.batches import SeededSampler, make_dataloader
 from cleangpt.errors import UsageError
@@ -10,6 +9,19 @@ from cleangpt.errors import UsageError
 
 def collate(items: list[int]) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.tensor(items)}
+
+
+class Numbers(torch.utils.data.Dataset):
+    """The items 0, 1, 2, ..."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> int:
+        return index
 
 
 def batches_of(loader: torch.utils.data.DataLoader) -> list[list[int]]:
@@ -36,7 +48,7 @@ def test_order_depends_on_seed_and_epoch_only() -> None:
 
 
 def test_order_is_the_same_on_every_machine() -> None:
-    assert list(SeededSampler(8, seed=0)) == EXPECTED
+    assert list(SeededSampler(8, seed=0)) == [5, 1, 4, 2, 3, 7, 6, 0]
 
 
 def test_no_shuffle_keeps_the_order() -> None:
@@ -47,7 +59,7 @@ def test_no_shuffle_keeps_the_order() -> None:
 
 
 def test_loader_uses_the_sampler_and_keeps_the_last_batch() -> None:
-    loader = make_dataloader(list(range(10)), collate, 4, seed=5)
+    loader = make_dataloader(Numbers(10), collate, 4, seed=5)
     assert isinstance(loader.sampler, SeededSampler)
     flat = [index for batch in batches_of(loader) for index in batch]
     assert flat == list(SeededSampler(10, seed=5))
@@ -57,7 +69,7 @@ def test_loader_uses_the_sampler_and_keeps_the_last_batch() -> None:
 
 
 def test_iterating_leaves_the_global_generator_alone() -> None:
-    loader = make_dataloader(list(range(10)), collate, 4)
+    loader = make_dataloader(Numbers(10), collate, 4)
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
@@ -67,8 +79,8 @@ def test_iterating_leaves_the_global_generator_alone() -> None:
 
 def test_workers_give_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
-    alone = make_dataloader(list(range(9)), collate, 2, seed=1)
-    helped = make_dataloader(list(range(9)), collate, 2, seed=1, num_workers=1)
+    alone = make_dataloader(Numbers(9), collate, 2, seed=1)
+    helped = make_dataloader(Numbers(9), collate, 2, seed=1, num_workers=1)
     for epoch in range(2):
         alone.sampler.set_epoch(epoch)
         helped.sampler.set_epoch(epoch)
@@ -84,4 +96,4 @@ def test_workers_give_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_impossible_settings_are_usage_errors(settings: dict[str, int], words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        make_dataloader([1], collate, **settings)
+        make_dataloader(Numbers(1), collate, **settings)

@@ -86,9 +86,10 @@ def test_stray_argument_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_bad_value_names_flag_and_rule(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--batch_size: '0' is not a whole number of 1 or more" in refused(
-        ["--batch_size", "0"], capsys
-    )[0]
+    assert (
+        "--batch_size: '0' is not a whole number of 1 or more"
+        in refused(["--batch_size", "0"], capsys)[0]
+    )
 
 
 def test_switch_pairs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,9 +134,7 @@ def raising(error: BaseException) -> Callable[[list[str] | None], None]:
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else str(value),
 )
-def test_exit_codes(
-    error: BaseException, code: int, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_exit_codes(error: BaseException, code: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run_command(raising(error), []) == code
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -201,8 +200,12 @@ def test_a_closed_pipe_is_quiet() -> None:
     )
     command = f'{sys.executable} -c "$CODE" | head -1; exit ${{PIPESTATUS[0]}}'
     done = subprocess.run(
-        ["bash", "-c", command], capture_output=True, text=True, timeout=60,
-        env={"CODE": code, "PATH": "/usr/bin:/bin"}, check=False,
+        ["bash", "-c", command],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={"CODE": code, "PATH": "/usr/bin:/bin"},
+        check=False,
     )
     assert done.returncode == 141
     assert done.stderr == ""

@@ -4,29 +4,12 @@ import logging
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from cleangpt.data import windows
 from cleangpt.data.windows import DistillationDataCollator, TextDataset
 from cleangpt.errors import InputError, UsageError
-
-END = 256
-
-
-def make_tokenizer(*, adds_bos: bool = False, **special: str) -> PreTrainedTokenizerFast:
-    """One token per byte, 256 is <end>, 257 is <start>."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate([*alphabet, "<end>", "<start>"])}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    if adds_bos:
-        backend.post_processor = processors.TemplateProcessing(
-            single="<start> $A", special_tokens=[("<start>", 257)]
-        )
-        special["bos_token"] = "<start>"
-    return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=8, **special)
+from tests.byte_tokenizer import END, make_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -102,9 +85,7 @@ def test_less_than_one_window_gives_one_short_window(
 
 
 @pytest.mark.parametrize("texts", [[], [""]])
-def test_no_tokens_is_an_input_error(
-    tokenizer: PreTrainedTokenizerFast, texts: list[str]
-) -> None:
+def test_no_tokens_is_an_input_error(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> None:
     with pytest.raises(InputError, match=r"gave 0 tokens; one window holds 128.\n.*--max_samples"):
         TextDataset(texts, tokenizer, 128)
 

@@ -1,0 +1,52 @@
+"""The whole job in one command: distil, evaluate, and print what came out.
+
+    python -m examples.demo
+    python -m examples.demo --teacher smollm2
+
+runs ``examples.run_distillation_example`` and then the evaluation, with the flags in ``RECIPES``.
+"""
+
+import sys
+
+from cleangpt.cli import CommandParser, run_command
+
+RECIPES = {
+    "builtin": ["--student_n_embd", "96", "--student_n_head", "6", "--epochs_per_block", "2"],
+    "smollm2": ["--student_n_layer", "6", "--student_n_embd", "384", "--student_n_head", "6"],
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Distil the teacher that is asked for, then evaluate its student on held-out text.
+
+    Args:
+        argv: Arguments without the program's name; None takes the process's own.
+    """
+    parser = CommandParser(prog="python -m examples.demo", description="Distil and evaluate.")
+    parser.add_argument("--teacher", choices=tuple(RECIPES), default="builtin")
+    parser.add_argument("--output_dir", help="default: runs/demo or runs/demo-smollm2")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    arguments = parser.parse_args(argv)
+
+    from distillation.evaluation import evaluate_distilled_model
+    from examples import run_distillation_example
+
+    suffix = "" if arguments.teacher == "builtin" else f"-{arguments.teacher}"
+    output_dir = arguments.output_dir or f"runs/demo{suffix}"
+    teacher = ["--teacher_model_name_or_path", arguments.teacher]
+    where = ["--output_dir", output_dir, "--overwrite", "--keep_start"]
+    debug = ["--debug"] if arguments.debug else []
+    run_distillation_example.main([*teacher, *RECIPES[arguments.teacher], *where, *debug])
+    evaluate_distilled_model.main(
+        [
+            *("--model_path", output_dir),
+            *("--baseline_path", f"{output_dir}/start"),
+            *("--teacher_model_name", arguments.teacher),
+            "--generate_comparisons",
+            *debug,
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

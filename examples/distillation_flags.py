@@ -1,0 +1,177 @@
+"""The flags of ``run_distillation_example``: name, type, default, and what each one does."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from cleangpt.cli import (
+    CommandParser,
+    add_switch,
+    non_negative_float,
+    non_negative_int,
+    number_or_list,
+    positive_float,
+    positive_int,
+    probability,
+)
+
+PROGRAM = "examples.run_distillation_example"
+Row = tuple[str, Callable[[str], Any], Any, str]
+
+PER_BLOCK = "; one value, or one per block as 1e-3,5e-4"
+STUDENT_SWITCHES = {
+    "bias": "biases in the blocks' linear maps and norms",
+    "use_proj": "an output projection in Factored and SASP blocks",
+    "use_v": "a value matrix in Factored and SASP blocks",
+    "use_channel_factor_v": "a Kronecker value map",
+    "use_channel_factor_proj": "a Kronecker output projection",
+}
+DATA_ROWS: tuple[Row, ...] = (
+    ("dataset_split", str, "train", "split to train on"),
+    ("max_samples", non_negative_int, 0, "use the first so many documents; 0 is all"),
+    ("block_size", positive_int, 128, "tokens per window, the student's context length"),
+    ("batch_size", positive_int, 16, "windows per batch"),
+    ("num_workers", non_negative_int, 0, "processes that prepare batches"),
+)
+BACKBONE_ROWS: tuple[Row, ...] = (
+    ("epochs_per_block", number_or_list(non_negative_int), 1, f"passes per block{PER_BLOCK}"),
+    ("lr_per_block", number_or_list(positive_float), 1e-3, f"peak learning rate{PER_BLOCK}"),
+    (
+        "weight_decay_per_block",
+        number_or_list(non_negative_float),
+        0.01,
+        f"weight decay of matrices{PER_BLOCK}",
+    ),
+    (
+        "max_grad_norm_per_block",
+        number_or_list(positive_float),
+        1.0,
+        f"gradient clipping{PER_BLOCK}",
+    ),
+    ("distill_loss_temperature", positive_float, 1.0, "temperature of the hidden kl_div"),
+)
+HEAD_ROWS: tuple[Row, ...] = (
+    ("lm_head_epochs", non_negative_int, 1, "passes over the data in the head phase"),
+    ("lm_head_lr", positive_float, 1e-3, "peak learning rate of the head phase"),
+    ("lm_head_weight_decay", non_negative_float, 0.01, "weight decay of the head's matrix"),
+    ("lm_head_max_grad_norm", positive_float, 1.0, "gradient clipping in the head phase"),
+    ("logit_loss_temperature", positive_float, 2.0, "temperature of kl_div and ce"),
+    (
+        "logit_loss_weight",
+        non_negative_float,
+        1.0,
+        "factor on the logit loss, relative to the hidden-state loss",
+    ),
+)
+RUN_ROWS: tuple[Row, ...] = (
+    ("output_dir", str, "./distilled_model", "the run's directory"),
+    ("log_interval", positive_int, 50, "optimizer steps between two lines"),
+    ("seed", non_negative_int, 0, "seed of everything random"),
+    ("gradient_accumulation_steps", positive_int, 1, "batches per optimizer step"),
+    ("warmup_ratio", probability, 0.05, "share of a stage's steps spent warming up"),
+    ("min_lr_ratio", non_negative_float, 0.1, "last learning rate as a share of the peak"),
+    (
+        "max_nonfinite_in_a_row",
+        positive_int,
+        10,
+        "batches with a NaN or infinite loss that are skipped before stopping",
+    ),
+)
+
+
+def build_parser() -> CommandParser:
+    """Return the command's parser; needs no heavy import."""
+    parser = CommandParser(
+        prog=f"python -m {PROGRAM}",
+        description="Distil a HuggingFace causal language model into a smaller one, by blocks.",
+    )
+    _add_model_flags(parser)
+    _add_data_flags(parser)
+    _add_stage_flags(parser)
+    _add_run_flags(parser)
+    return parser
+
+
+def _add_rows(parser: CommandParser, rows: Sequence[Row]) -> None:
+    for name, kind, default, text in rows:
+        shown = f"{text} (default: {default})"
+        parser.add_argument(f"--{name}", type=kind, default=default, help=shown)
+
+
+def _add_choice(
+    parser: CommandParser, name: str, choices: Sequence[str], default: str, text: str
+) -> None:
+    shown = f"{text} (default: {default})"
+    parser.add_argument(f"--{name}", choices=choices, default=default, help=shown)
+
+
+def _add_model_flags(parser: CommandParser) -> None:
+    add = parser.add_argument
+    add(
+        "--teacher_model_name_or_path",
+        default="builtin",
+        help="builtin, smollm2, a folder, a .gguf file or a hub name (default: builtin)",
+    )
+    add("--teacher_revision", help="revision of a teacher from the hub (default: its newest)")
+    add(
+        "--trust_remote_code",
+        action="store_true",
+        help="let code inside the teacher's folder run (default: off)",
+    )
+    kinds = ("Factored", "SASP", "Vanilla")
+    _add_choice(parser, "student_model_type", kinds, "Vanilla", "kind of student")
+    add("--student_n_layer", type=positive_int, help="blocks (default: as many as the teacher)")
+    add("--student_n_embd", type=positive_int, help="width (default: half of the teacher's)")
+    add("--student_n_head", type=positive_int, help="heads (default: the teacher's)")
+    _add_rows(parser, [("student_dropout", probability, 0.0, "dropout rate while training")])
+    for name, text in STUDENT_SWITCHES.items():
+        add(f"--student_{name}", action="store_true", help=f"{text} (default: off)")
+
+
+def _add_data_flags(parser: CommandParser) -> None:
+    add = parser.add_argument
+    add(
+        "--dataset_name",
+        default="builtin",
+        help="builtin, a .txt .jsonl .parquet .csv file, a folder of them, or a data set's name"
+        " (default: builtin)",
+    )
+    add("--dataset_config_name", help="configuration of the data set (default: its only one)")
+    add("--dataset_text_column", help="column with the text (default: found)")
+    _add_rows(parser, DATA_ROWS)
+
+
+def _add_stage_flags(parser: CommandParser) -> None:
+    switches = {
+        "freeze_previous_blocks": ("no_freeze_previous_blocks", "keep earlier blocks fixed"),
+        "use_stitching_layers": ("no_stitching_layers", "project to the teacher's width"),
+        "stitching_layer_bias": ("no_stitching_layer_bias", "biases in the projections"),
+        "train_lm_head": ("no_train_lm_head", "run the head phase"),
+        "initialize_head_from_teacher": (
+            "no_initialize_head_from_teacher",
+            "start the head from the teacher's",
+        ),
+    }
+    _add_rows(parser, BACKBONE_ROWS)
+    hidden, logit = ("mse", "kl_div"), ("mse", "kl_div", "ce")
+    _add_choice(parser, "distill_loss_type", hidden, "mse", "loss on hidden states")
+    _add_rows(parser, HEAD_ROWS)
+    meaning = "loss on logits; ce is against the teacher's most probable token"
+    _add_choice(parser, "logit_loss_type", logit, "kl_div", meaning)
+    for name, (negative, text) in switches.items():
+        add_switch(parser, name, negative, True, text)
+
+
+def _add_run_flags(parser: CommandParser) -> None:
+    add = parser.add_argument
+    _add_rows(parser, RUN_ROWS)
+    schedules = ("constant", "cosine", "linear")
+    _add_choice(parser, "lr_schedule", schedules, "cosine", "per stage, after the warm-up")
+    fastest = "where to train (default: the fastest there is)"
+    add("--device", choices=("cpu", "cuda", "mps"), help=fastest)
+    for name, text in (
+        ("overwrite", "replace an earlier run in --output_dir"),
+        ("keep_start", "also save the untrained student, in start/"),
+        ("hidden_state_pictures", "draw student and teacher states per block and epoch"),
+        ("debug", "show tracebacks and debug messages"),
+    ):
+        add(f"--{name}", action="store_true", help=f"{text} (default: off)")

@@ -1,0 +1,169 @@
+"""The evaluation command end to end, on tiny models saved to disk."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cleangpt.cli import run_command
+from distillation.evaluation.evaluate_distilled_model import main
+
+Run = Callable[..., int]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.evaluation_samples import PROSE, save_run, save_teacher
+
+    root = tmp_path_factory.mktemp("command")
+    save_run(root / "run", "Factored")
+    save_run(root / "start", "Factored", seed=5)
+    save_teacher(root / "teacher")
+    (root / "text").mkdir()
+    (root / "text" / "test.txt").write_text("\n\n\n".join(PROSE))
+    return root
+
+
+@pytest.fixture
+def run(made: Path, tmp_path: Path) -> Run:
+    def call(*flags: str, model: str = "run", **changes: str) -> int:
+        options = {
+            "--model_path": str(made / model),
+            "--teacher_model_name": str(made / "teacher"),
+            "--dataset_name": str(made / "text"),
+            "--output_dir": str(tmp_path / "out"),
+            "--speed_seconds": "0",
+            "--device": "cpu",
+            **{f"--{name}": value for name, value in changes.items()},
+        }
+        return run_command(main, [part for pair in options.items() for part in pair] + [*flags])
+
+    return call
+
+
+def saved(tmp_path: Path) -> Any:
+    return json.loads((tmp_path / "out" / "results.json").read_text())
+
+
+def test_the_whole_command(
+    run: Run, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = run(
+        "--generate_comparisons",
+        model_type="Factored",
+        baseline_path=str(made / "start"),
+        num_comparison_prompts="2",
+        max_new_tokens="4",
+        speed_seconds="0.01",
+        block_size="16",
+    )
+    shown = capsys.readouterr()
+    assert code == 0, shown.err
+    assert "Traceback" not in shown.err
+    lines = shown.out.splitlines()
+    assert lines[0].split()[0] == "model"
+    assert [line.split()[0] for line in lines[1:4]] == ["teacher", "student", "baseline"]
+    assert "report.html" in shown.out
+    result = saved(tmp_path)
+    assert [model["role"] for model in result["models"]] == ["teacher", "student", "baseline"]
+    assert result["hidden_states"]["stitch"] == "saved"
+    assert [b["teacher_block"] for b in result["hidden_states"]["blocks"]] == [0, 2]
+    assert len(result["generations"]) == 4
+    assert result["data"]["seq_len"] == 16
+    assert result["data"]["split"] == "test"
+    assert "--model_type Factored" in result["environment"]["command"]
+    for name in ("report.html", "report.md", "models.png", "layer_mse.png"):
+        assert (tmp_path / "out" / name).stat().st_size > 0
+
+
+def test_checkpoint_and_folder_give_the_same_numbers(run: Run, tmp_path: Path) -> None:
+    found: list[Any] = []
+    for place in ("run/final", "run/student_model_final_distilled.pt"):
+        assert run(model=place) == 0
+        found.append(saved(tmp_path))
+    assert found[0]["models"][1]["quality"] == pytest.approx(found[1]["models"][1]["quality"])
+    assert found[0]["hidden_states"] == found[1]["hidden_states"]
+
+
+def test_the_teacher_as_its_own_student(run: Run, tmp_path: Path) -> None:
+    assert run(model="teacher") == 0
+    quality = saved(tmp_path)["models"][1]["quality"]
+    assert quality["kl_nats"] == 0.0
+    assert quality["top1_agreement"] == 1.0
+    assert quality["perplexity_ratio"] == 1.0
+
+
+def test_the_report_goes_beside_the_model(made: Path) -> None:
+    argv = [
+        "--model_path", str(made / "start" / "student_model_final_distilled.pt"),
+        "--teacher_model_name", str(made / "teacher"),
+        "--dataset_name", str(made / "text"),
+        "--speed_seconds", "0", "--max_tokens", "40",
+    ]  # fmt: skip
+    main(argv)
+    assert (made / "start" / "evaluation" / "report.html").is_file()
+
+
+def test_numbers_are_printed_where_nothing_can_be_written(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert run(output_dir=str(tmp_path / "file" / "out")) == 5
+    shown = capsys.readouterr()
+    assert "student (Factored)" in shown.out
+    assert shown.err.splitlines()[-2].startswith("error: ")
+    assert shown.err.splitlines()[-1].startswith("fix: ")
+
+
+def test_prompts_of_a_file(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("The dog\n\nA <b>student</b>\n")
+    flags = {"prompts_file": str(tmp_path / "prompts.txt"), "max_new_tokens": "3"}
+    assert run("--generate_comparisons", **flags) == 0
+    prompts = [item["prompt"] for item in saved(tmp_path)["generations"]]
+    assert prompts == ["The dog", "The dog", "A <b>student</b>", "A <b>student</b>"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"", "holds no prompt"), (b"\n \n", "no prompt"), (b"\xff\xfe", "UTF-8")],
+)
+def test_unusable_prompt_files(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, words: str
+) -> None:
+    (tmp_path / "prompts.txt").write_bytes(content)
+    assert run("--generate_comparisons", prompts_file=str(tmp_path / "prompts.txt")) == 3
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        ({"model_type": "SASP"}, 2, "holds a Factored model"),
+        ({"model_type": "GPT"}, 2, "invalid choice"),
+        ({"stride": "99"}, 2, "--stride 99"),
+        ({"batch_sise": "4"}, 2, "--batch_size"),
+        ({"temperature": "0"}, 2, "temperature"),
+        ({"prompts_file": "x"}, 2, "--generate_comparisons"),
+        ({"dataset_split": "nope"}, 3, "nope"),
+        ({"model_path": "/nowhere/model.pt"}, 3, "/nowhere/model.pt"),
+        ({"baseline_path": "/nowhere/model.pt"}, 3, "--baseline_path"),
+    ],
+)
+def test_refusals_are_two_lines_and_an_exit_code(
+    run: Run,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    flags: dict[str, str],
+    code: int,
+    words: str,
+) -> None:
+    assert run(**flags) == code
+    shown = capsys.readouterr()
+    assert words in shown.err
+    assert "Traceback" not in shown.err
+    assert shown.err.splitlines()[-2].startswith("error: ")
+    assert shown.err.splitlines()[-1].startswith("fix: ")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,176 @@
+"""The command, called in this process: every flag acts, and wrong ones are refused in two lines."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.contract.local_hub import save_tiny_gpt2, write_stories
+
+BASE = (
+    *("--student_n_layer", "1", "--student_n_embd", "16", "--student_n_head", "2"),
+    *("--max_samples", "8", "--block_size", "64", "--batch_size", "4", "--device", "cpu"),
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("example")
+    save_tiny_gpt2(place / "teacher", blocks=2)
+    write_stories(place / "stories", extra_columns=("summary",))
+    return place
+
+
+def run(place: Path, name: str, *flags: str) -> tuple[dict[str, Tensor], Path]:
+    """Run the command; return what it trained and where it wrote."""
+    from examples.run_distillation_example import build_parser, distil
+
+    where = ("--output_dir", str(place / "runs" / name), "--overwrite")
+    data = ("--teacher_model_name_or_path", str(place / "teacher"))
+    data = (*data, "--dataset_name", str(place / "stories"))
+    arguments = build_parser().parse_args([*data, *BASE, *where, *flags])
+    _, student = distil(arguments)
+    return student.state_dict(), place / "runs" / name
+
+
+@pytest.fixture(scope="module")
+def plain(place: Path) -> dict[str, Tensor]:
+    torch.set_num_threads(1)
+    return run(place, "plain")[0]
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_same_command_gives_the_same_bits(place: Path, plain: Any) -> None:
+    assert equal(run(place, "again")[0], plain)
+    assert equal(run(place, "workers", "--num_workers", "1")[0], plain)
+    # What only changes words, not weights:
+    assert equal(run(place, "log", "--log_interval", "1")[0], plain)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--student_model_type SASP",
+        "--student_n_layer 2",
+        "--student_n_embd 32",
+        "--student_n_head 4",
+        "--student_dropout 0.3",
+        "--student_bias",
+        "--student_model_type Factored --student_use_v",
+        "--student_model_type Factored --student_use_proj",
+        "--student_use_channel_factor_v",
+        "--student_use_channel_factor_proj",
+        "--dataset_split validation",
+        "--dataset_text_column summary --max_samples 4",
+        "--max_samples 4",
+        "--block_size 32",
+        "--batch_size 2",
+        "--epochs_per_block 2",
+        "--lr_per_block 2e-3",
+        "--weight_decay_per_block 0.9",
+        "--max_grad_norm_per_block 1e-3 --lr_schedule linear",
+        "--distill_loss_type kl_div",
+        "--distill_loss_type kl_div --distill_loss_temperature 3",
+        "--no_stitching_layers --student_n_embd 48",
+        "--no_stitching_layer_bias",
+        "--lm_head_epochs 2",
+        "--lm_head_lr 2e-3",
+        "--lm_head_weight_decay 0.9",
+        "--lm_head_max_grad_norm 1e-4",
+        "--no_train_lm_head",
+        "--logit_loss_type mse",
+        "--logit_loss_type ce",
+        "--logit_loss_temperature 1",
+        "--logit_loss_weight 0.001",
+        "--no_initialize_head_from_teacher",
+        "--seed 1",
+        "--gradient_accumulation_steps 2",
+        "--lr_schedule constant",
+        "--warmup_ratio 0.5",
+        "--min_lr_ratio 0.9",
+    ],
+)
+def test_every_flag_acts(place: Path, plain: Any, flags: str) -> None:
+    assert not equal(run(place, "changed", *flags.split())[0], plain)
+
+
+def test_flags_that_only_show_in_a_combination(place: Path) -> None:
+    two = ("--student_n_layer", "2")
+    frozen = run(place, "frozen", *two)[0]
+    assert not equal(run(place, "free", *two, "--no_freeze_previous_blocks")[0], frozen)
+    kl = ("--distill_loss_type", "kl_div")
+    warm = (*kl, "--distill_loss_temperature", "3")
+    assert not equal(run(place, "kl", *kl)[0], run(place, "warm", *warm)[0])
+    per_block = run(place, "list", *two, "--lr_per_block", "1e-3,2e-3")[0]
+    first_block = [name for name in frozen if name.startswith("blocks.0.")]
+    assert all(torch.equal(per_block[name], frozen[name]) for name in first_block)
+    assert not equal(per_block, frozen)
+
+
+def test_flags_that_write_files(place: Path) -> None:
+    run_dir = run(place, "files", "--hidden_state_pictures", "--keep_start")[1]
+    assert (run_dir / "start" / "model.safetensors").is_file()
+    assert (run_dir / "pictures" / "hidden_states_block_0_epoch_0.png").is_file()
+
+
+def test_a_missing_column_continues_on_the_only_one_and_says_so(
+    place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_stories(tmp_path / "one")
+    run(place, "story", "--dataset_name", str(tmp_path / "one"), "--dataset_text_column", "story")
+    assert "there is no column 'story'; continuing with 'text'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        ("--student_n_embd 17 --student_n_head 2", 2, ["n_embd", "n_head"]),
+        ("--student_n_layer 9", 2, ["9 blocks", "teacher 2", "n_layer between 1 and 2"]),
+        ("--block_size 4000", 2, ["--block_size 4000", "128"]),
+        ("--no_stitching_layers", 2, ["Dimension mismatch at block 0", "use_stitching_layers"]),
+        ("--lr_per_block nan", 2, ["--lr_per_block", "nan"]),
+        ("--lr_per_block 1e-3,1e-3", 2, ["2 entries", "1 blocks"]),
+        ("--logit_loss_temperature 0", 2, ["--logit_loss_temperature"]),
+        ("--student_n_embbd 8", 2, ["--student_n_embbd", "--student_n_embd"]),
+        ("--dataset_text_column body", 3, ["summary (string)", "text (string)"]),
+        ("--dataset_split dev", 3, ["dev", "train"]),
+        ("--teacher_model_name_or_path ./nowhere", 3, ["./nowhere"]),
+        ("--device mps", 2, ["mps", "--device cpu"]),
+    ],
+)
+def test_wrong_flags_are_refused_in_two_lines(
+    place: Path, capsys: pytest.CaptureFixture[str], flags: str, code: int, words: list[str]
+) -> None:
+    from cleangpt.cli import run_command
+    from examples.run_distillation_example import main
+
+    out = place / "refused"
+    data = ["--teacher_model_name_or_path", str(place / "teacher")]
+    data += ["--dataset_name", str(place / "stories"), "--dataset_text_column", "text"]
+    assert run_command(main, [*data, *BASE, "--output_dir", str(out), *flags.split()]) == code
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line[:2].isdigit()]
+    assert [line.split(":")[0] for line in lines[-2:]] == ["error", "fix"]
+    for word in words:
+        assert word in "\n".join(lines[-2:])
+    assert "Traceback" not in "\n".join(lines)
+    assert not out.exists()
+
+
+def test_an_earlier_run_is_not_overwritten_by_accident(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from cleangpt.cli import run_command
+    from examples.run_distillation_example import main
+
+    _, run_dir = run(place, "kept")
+    before = (run_dir / "manifest.json").read_bytes()
+    data = ["--teacher_model_name_or_path", str(place / "teacher")]
+    data += ["--dataset_name", str(place / "stories"), "--output_dir", str(run_dir)]
+    assert run_command(main, [*data, *BASE]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert (run_dir / "manifest.json").read_bytes() == before

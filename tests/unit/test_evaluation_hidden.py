@@ -1,0 +1,151 @@
+"""Hidden-state errors: identities, the mean predictor, least squares, and the layer map."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from cleangpt.blocks import BlockStack
+from cleangpt.errors import InputError
+from distillation.evaluation.hidden_comparison import compare_hidden_states
+from distillation.evaluation.hidden_states import (
+    ErrorSums,
+    LeastSquaresStitch,
+    block_pairs,
+    measure_blocks,
+)
+from distillation.evaluation.scoring_windows import Window, plan_windows, window_batches
+from stitching_layers import StitchingLayers, least_squares_stitch
+
+IDS = torch.randint(0, 67, (130,), generator=torch.Generator().manual_seed(5)).tolist()
+
+
+def compare(student: Any, teacher: Any, **changes: Any) -> tuple[Any, list[str]]:
+    notes: list[str] = []
+    options = {"stitches": None, "layer_map": None, "seq_len": 16, "batch_size": 3, **changes}
+    found = compare_hidden_states(
+        BlockStack(student), BlockStack(teacher), IDS, notes=notes, **options
+    )
+    return found, notes
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "opt", "gpt_neox"])
+def test_the_teacher_has_no_error(family: str) -> None:
+    from tests.builders import tiny_teacher
+
+    model = tiny_teacher(family)
+    found, notes = compare(model, model)
+    assert found["stitch"] == "identity"
+    assert found["num_positions"] == len(IDS) - 1
+    assert notes == []
+    for index, block in enumerate(found["blocks"]):
+        assert (block["student_block"], block["teacher_block"]) == (index, index)
+        assert block["mse"] == block["relative_error"] == 0.0
+        assert block["cosine"] == pytest.approx(1.0)
+
+
+def test_the_mean_predictor_has_relative_error_one() -> None:
+    target = torch.randn(40, 6) * 3 + 5
+    sums = ErrorSums()
+    for rows in target.split(7):
+        sums.add(target.mean(0).expand(len(rows), -1), rows)
+    block = sums.result(0, 0)
+    assert block["relative_error"] == pytest.approx(1.0, rel=1e-5)
+    assert block["mse"] == pytest.approx(target.var(0, unbiased=False).mean().item(), rel=1e-5)
+
+
+def test_each_block_meets_its_mapped_block_through_its_own_stitch() -> None:
+    from tests.builders import tiny_student, tiny_teacher
+
+    student, teacher = tiny_student("Factored").eval(), tiny_teacher("gpt2")
+    stitches = StitchingLayers((1, 2), 16, 32)
+    for stitch in stitches:
+        nn.init.normal_(stitch.projection.bias)
+    found, _ = compare(student, teacher, stitches=stitches.requires_grad_(False))
+    assert found["stitch"] == "saved"
+    windows = plan_windows(len(IDS), 16, 16)
+    expected: list[float] = []
+    for index, teacher_block in enumerate((1, 2)):
+        errors: list[torch.Tensor] = []
+        for window in windows:
+            row = torch.tensor([IDS[window.start : window.end]])
+            own = BlockStack(student).block_hidden_states(row)[index + 1]
+            theirs = BlockStack(teacher).block_hidden_states(row)[teacher_block + 1]
+            kept = slice(window.first_scored - window.start, None)
+            errors.append((stitches[index](own) - theirs)[0, kept])
+        expected.append(torch.cat(errors).square().mean().item())
+    assert [b["mse"] for b in found["blocks"]] == pytest.approx(expected, rel=1e-5)
+    assert [b["teacher_block"] for b in found["blocks"]] == [1, 2]
+
+
+def test_padding_is_not_measured() -> None:
+    from tests.builders import tiny_student, tiny_teacher
+
+    student, teacher = BlockStack(tiny_student("SASP").eval()), BlockStack(tiny_teacher("gpt2"))
+    windows = [Window(0, 16, 0), Window(16, 21, 16)]
+    stitches = [stitch.double() for stitch in StitchingLayers((0, 2), 16, 32)]
+
+    def measure(batch_size: int) -> Any:
+        batches = window_batches(IDS, windows, batch_size)
+        pairs = (block_pairs(student, teacher, (0, 2), batch) for batch in batches)
+        cast = [lambda state, s=stitch: s(state.double()) for stitch in stitches]
+        return measure_blocks(pairs, (0, 2), cast)
+
+    padded, alone = measure(2), measure(1)
+    assert padded[1] == alone[1] == 21
+    for one, other in zip(padded[0], alone[0], strict=True):
+        assert one["mse"] == pytest.approx(other["mse"], rel=1e-5)
+        assert one["cosine"] == pytest.approx(other["cosine"], rel=1e-5)
+
+
+def test_without_stitches_they_are_fitted_and_the_report_says_so() -> None:
+    from tests.builders import tiny_student, tiny_teacher
+
+    found, notes = compare(tiny_student("Vanilla").eval(), tiny_teacher("gpt2"))
+    assert found["stitch"] == "least_squares"
+    assert found["num_positions"] < len(IDS) - 1
+    assert any("least-squares" in note for note in notes)
+    assert any("No layer map" in note for note in notes)
+
+
+def test_least_squares_recovers_a_linear_map_with_bias() -> None:
+    student = torch.randn(200, 8)
+    student[:, 0] *= 1000  # an outlier channel must not drown the others
+    teacher = student @ torch.randn(8, 5) + torch.randn(5)
+    stitch = LeastSquaresStitch()
+    for rows in range(0, 200, 50):
+        stitch.add(student[rows : rows + 50], teacher[rows : rows + 50])
+    stitch.solve()
+    scale = teacher.double().var().sqrt()
+    assert ((stitch(student) - teacher).abs().max() / scale).item() < 1e-4
+    other = least_squares_stitch(student, teacher)(student)
+    assert ((stitch(student) - other).abs().max() / scale).item() < 1e-4
+
+
+def test_a_deeper_student_is_left_out_with_a_note() -> None:
+    from tests.builders import tiny_student, tiny_teacher
+
+    found, notes = compare(tiny_student("Vanilla", n_layer=4).eval(), tiny_teacher("gpt2"))
+    assert found is None
+    assert "4 blocks" in notes[0]
+
+
+def test_one_window_is_too_little_to_fit() -> None:
+    from tests.builders import tiny_student, tiny_teacher
+
+    found, notes = compare(tiny_student("Vanilla").eval(), tiny_teacher("gpt2"), seq_len=200)
+    assert found is None
+    assert "one window" in notes[-1]
+
+
+@pytest.mark.parametrize("stitches", [((0, 5), 16, 32), ((0, 2), 16, 48), ((0, 1, 2), 16, 32)])
+def test_stitches_of_another_run_are_refused(stitches: tuple[Any, int, int]) -> None:
+    from tests.builders import tiny_student, tiny_teacher
+
+    with pytest.raises(InputError, match="teacher"):
+        compare(
+            tiny_student("Vanilla").eval(),
+            tiny_teacher("gpt2"),
+            stitches=StitchingLayers(*stitches),
+        )

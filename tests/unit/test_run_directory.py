@@ -1,0 +1,116 @@
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from cleangpt.errors import EnvironmentProblem, UsageError
+from cleangpt.metrics_log import MetricsLog
+from cleangpt.run_directory import RunDirectory, write_atomically
+
+
+def manifest_of(path: Path) -> dict[str, object]:
+    manifest: dict[str, object] = json.loads((path / "manifest.json").read_text())
+    return manifest
+
+
+def test_a_run_is_marked_done_or_failed(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path / "good").opened({"seed": 1}) as run:
+        run.add_stage({"stage": "block-00"})
+        assert manifest_of(run.path)["status"] == "running"
+    good = manifest_of(tmp_path / "good")
+    assert (good["status"], good["seed"]) == ("done", 1)
+    assert good["stages"] == [{"stage": "block-00"}]
+    with pytest.raises(RuntimeError), RunDirectory(tmp_path / "bad").opened({}):
+        raise RuntimeError("broken")
+    assert manifest_of(tmp_path / "bad")["status"] == "failed"
+    assert manifest_of(tmp_path / "bad")["reason"] == "RuntimeError: broken"
+
+
+def test_an_earlier_run_is_only_replaced_on_request(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with RunDirectory(tmp_path).opened({}):
+        pass
+    with (
+        pytest.raises(UsageError, match=r"already holds a run \(manifest\.json\)") as error,
+        RunDirectory(tmp_path).opened({}),
+    ):
+        pass
+    assert "--overwrite" in error.value.remedy
+    with RunDirectory(tmp_path).opened({}, overwrite=True):
+        pass
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_opening_twice_joins_the_open_run(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    with run.opened({"seed": 1}), run.opened({"seed": 2}):
+        pass
+    assert manifest_of(tmp_path)["seed"] == 1
+
+
+def test_two_runs_cannot_share_a_directory(tmp_path: Path) -> None:
+    with (
+        RunDirectory(tmp_path).opened({}),
+        pytest.raises(EnvironmentProblem, match=f"Another run holds .*pid {os.getpid()}"),
+        RunDirectory(tmp_path).opened({}, overwrite=True),
+    ):
+        pass
+
+
+def test_a_file_in_the_way_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    with (
+        pytest.raises(EnvironmentProblem, match=r"Cannot write .*taken"),
+        RunDirectory(tmp_path / "taken").opened({}),
+    ):
+        pass
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
+    target = tmp_path / "model.pt"
+    target.write_text("old")
+
+    def fail(path: Path) -> None:
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(EnvironmentProblem, match=r"No space left .* bytes free"):
+        write_atomically(target, fail)
+    assert target.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
+
+
+def test_a_failed_folder_leaves_nothing(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+
+    def fail(folder: Path) -> None:
+        (folder / "part").write_text("x")
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError):
+        run.write_folder("final", fail)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_follow_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        path = RunDirectory(tmp_path).write_bytes("a.bin", b"x")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+def test_metrics_write_null_for_what_json_cannot_hold(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.write("step", loss=float("nan"), step=3, tokens_per_second=2.0)
+    record = json.loads(log.path.read_text())
+    assert record == {
+        "event": "step",
+        "loss": None,
+        "step": 3,
+        "tokens_per_second": 2.0,
+        "nonfinite": ["loss"],
+    }
