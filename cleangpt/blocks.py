@@ -200,6 +200,16 @@ class BlockStack:
         logits: Tensor = self.model(**self._arguments(input_ids, attention_mask)).logits
         return logits
 
+    def logits_of(
+        self, state: State, input_ids: TokenIds, attention_mask: Mask | None = None
+    ) -> Float[Tensor, "batch seq vocab"]:
+        """The logits after ``state``, the last block's raw output; no block runs.
+
+        The final norm and head are run by the model itself, soft-caps and scales included.
+        """
+        with self._bypassed(self.num_blocks, state):
+            return self.logits(input_ids, attention_mask)
+
     def _run(
         self,
         input_ids: Tensor,

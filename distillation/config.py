@@ -10,6 +10,7 @@ from cleangpt.errors import UsageError
 from cleangpt.schedules import SCHEDULES
 from distillation.losses import DistillationLoss, LogitDistillationLoss
 
+CACHES = ("auto", "ram", "off")
 PerBlock = float | Sequence[float]
 """One number for all blocks, or one per student block."""
 
@@ -35,6 +36,9 @@ class DistillationConfig:
         min_lr_ratio: Final learning rate as a share of the peak, in [0, 1].
         max_nonfinite_in_a_row: Consecutive batches with a NaN or infinite loss or gradient that are
             skipped before the run stops, >= 1.
+        activation_cache: Where frozen states are kept between epochs and blocks: "auto" takes up to
+            half of the free memory, "ram" as much as it needs, "off" keeps none and computes them
+            for every batch. Results are the same.
         log_interval: Optimizer steps between two logged lines, >= 1.
         hidden_state_pictures: Whether to draw student and teacher states per block and epoch.
         seed: Seed of everything random in the run.
@@ -56,6 +60,7 @@ class DistillationConfig:
     warmup_ratio: float = 0.05
     min_lr_ratio: float = 0.1
     max_nonfinite_in_a_row: int = 10
+    activation_cache: str = "auto"
     log_interval: int = 50
     hidden_state_pictures: bool = False
     seed: int = 0
@@ -66,6 +71,7 @@ class DistillationConfig:
         rules = [
             ("distill_loss_type", self.distill_loss_type in hidden, f"one of {', '.join(hidden)}"),
             ("logit_loss_type", self.logit_loss_type in logit, f"one of {', '.join(logit)}"),
+            ("activation_cache", self.activation_cache in CACHES, f"one of {', '.join(CACHES)}"),
             ("lr_schedule", self.lr_schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
             ("distill_loss_temperature", positive(self.distill_loss_temperature), "above 0"),
             ("logit_loss_temperature", positive(self.logit_loss_temperature), "above 0"),
@@ -87,6 +93,7 @@ class LoopOptions(TypedDict, total=False):
     warmup_ratio: float
     min_lr_ratio: float
     max_nonfinite_in_a_row: int
+    activation_cache: str
     hidden_state_pictures: bool
     seed: int
 

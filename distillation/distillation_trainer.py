@@ -54,7 +54,8 @@ class DistillationTrainer:
         keep_start: Whether to save the untrained student too, in ``start/``, for comparison.
         show_progress: Whether to draw bars; None draws them on a terminal and in a notebook.
         **options: ``gradient_accumulation_steps``, ``lr_schedule``, ``warmup_ratio``,
-            ``min_lr_ratio``, ``max_nonfinite_in_a_row``, ``hidden_state_pictures``, ``seed``; see
+            ``min_lr_ratio``, ``max_nonfinite_in_a_row``, ``activation_cache``,
+            ``hidden_state_pictures``, ``seed``: see
             :class:`~distillation.config.DistillationConfig`.
 
     Raises:
@@ -189,6 +190,7 @@ class DistillationTrainer:
             results = self.backbone_trainer.train_backbone(**backbone)
             results.update(head_loss=None, head=None)
             if head is not None:
+                self.head_trainer.activations = self.backbone_trainer.activations
                 self.head_trainer.stitched = self.backbone_trainer.stitches is not None
                 results.update(
                     self.head_trainer.train_head(**head, initialize_from_teacher=head_from_teacher)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from cleangpt.blocks import BlockStack
-from distillation.activations import Batch, StreamedActivations
+from distillation.activations import Activations
+from distillation.batch import Batch
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ def copy_head(teacher: BlockStack, student: BlockStack) -> None:
 
 
 @torch.no_grad()
-def fit_head(activations: StreamedActivations, batches: Iterable[Batch], max_tokens: int) -> None:
+def fit_head(activations: Activations, batches: Iterable[Batch], max_tokens: int) -> None:
     """Set the student's head, and its final norm's bias, by least squares.
 
     With ``f_T`` the teacher's final features, ``f_S`` the student's, ``W_U`` and ``b_U`` the

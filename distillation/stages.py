@@ -13,7 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cleangpt.blocks import BlockStack
-from distillation.activations import Batch, StreamedActivations
+from distillation.activations import Activations
+from distillation.batch import Batch
 from stitching_layers import StitchingLayer
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -77,7 +78,7 @@ class BlockStage(Stage):
         self,
         block: int,
         teacher_block: int,
-        activations: StreamedActivations,
+        activations: Activations,
         loss_fn: Loss,
         *,
         stitch: StitchingLayer | None,
@@ -141,9 +142,7 @@ class HeadStage(Stage):
         loss_weight: Factor on the loss.
     """
 
-    def __init__(
-        self, activations: StreamedActivations, loss_fn: Loss, *, loss_weight: float
-    ) -> None:
+    def __init__(self, activations: Activations, loss_fn: Loss, *, loss_weight: float) -> None:
         super().__init__("lm-head", activations.student)
         self.activations = activations
         self.loss_fn = loss_fn
@@ -155,11 +154,11 @@ class HeadStage(Stage):
 
     def loss(self, batch: Batch) -> Float[Tensor, ""]:
         """Return the weighted mean logit loss over valid positions."""
-        with torch.no_grad():
-            teacher = batch.valid(self.activations.teacher_logits(batch))
+        teacher = batch.valid(self.activations.teacher_logits(batch))
         state = self.activations.student_input(self.student.num_blocks, batch)
-        features = self.student.final_norm(batch.valid(self.student.hidden(state)))
-        student = self.student.lm_head(features)
+        mask = batch.attention_mask.long()
+        student = batch.valid(self.student.logits_of(state, batch.input_ids, mask))
+        # Padded rows of a vocabulary stand for no token.
         shared = min(student.shape[-1], teacher.shape[-1])
         return self.loss_weight * self.loss_fn(student[..., :shared], teacher[..., :shared])
 

@@ -164,6 +164,8 @@ def _add_stage_flags(parser: CommandParser) -> None:
 def _add_run_flags(parser: CommandParser) -> None:
     add = parser.add_argument
     _add_rows(parser, RUN_ROWS)
+    caches = ("auto", "ram", "off")
+    _add_choice(parser, "activation_cache", caches, "auto", "where frozen states are kept")
     schedules = ("constant", "cosine", "linear")
     _add_choice(parser, "lr_schedule", schedules, "cosine", "per stage, after the warm-up")
     fastest = "where to train (default: the fastest there is)"

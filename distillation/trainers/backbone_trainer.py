@@ -136,6 +136,7 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
         self.teacher_model.to(self.device)
         self.student_model.to(self.device)
         self.progress = self.progress or RunProgress(len(settings))
+        self.activations.forget()
         with (
             torch.random.fork_rng(),
             preserved_modes(self.teacher_model, self.student_model),

@@ -23,7 +23,8 @@ from cleangpt.metrics_log import RunProgress
 from cleangpt.run_directory import RunDirectory
 from cleangpt.runtime.module_state import tensors_fingerprint
 from cleangpt.schedules import learning_rate_factor
-from distillation.activations import Batch, StreamedActivations, as_batch, check_batch
+from distillation.activations import Activations, cache_budget
+from distillation.batch import Batch, as_batch, check_batch
 from distillation.config import DistillationConfig, StageSettings
 from distillation.stages import Stage
 
@@ -107,7 +108,8 @@ class BaseDistillationTrainer:
         self.config = config
         self.teacher = BlockStack(teacher_model)
         self.student = BlockStack(student_model)
-        self.activations = StreamedActivations(self.teacher, self.student)
+        budget = cache_budget(config.activation_cache, self.device)
+        self.activations = Activations(self.teacher, self.student, budget)
         self.progress: RunProgress | None = None
         check_vocabulary(self.teacher, self.student, tokenizer)
 

@@ -122,7 +122,10 @@ class HeadDistillationTrainer(BaseDistillationTrainer):
             preserved_modes(self.teacher_model, self.student_model),
             self.run.opened(self.about_run(), overwrite=self.overwrite),
         ):
-            row = self._prepare_and_train(settings, initialize_from_teacher)
+            try:
+                row = self._prepare_and_train(settings, initialize_from_teacher)
+            finally:
+                self.activations.forget()
         return {"head_loss": row["last_loss"] if row["steps"] else None, "head": row}
 
     def stage_settings(
@@ -142,6 +145,7 @@ class HeadDistillationTrainer(BaseDistillationTrainer):
         )
 
     def _prepare_and_train(self, settings: StageSettings, from_teacher: bool) -> dict[str, Any]:
+        """Known states are used and then dropped: the student may change before the next call."""
         if untie_lm_head(self.student):
             logger.info("The head was tied to the embeddings; it has its own weight from here on.")
         if from_teacher:
