@@ -8,8 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cleangpt.blocks import BlockStack
-from cleangpt.errors import InputError, UsageError
+from cleangpt.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -57,26 +56,3 @@ def as_batch(raw: Any, device: torch.device) -> Batch:
     if mask is None:
         mask = torch.ones_like(input_ids)
     return Batch(input_ids.to(device, non_blocking=True), mask.to(device, non_blocking=True).bool())
-
-
-def check_batch(batch: Batch, teacher: BlockStack, student: BlockStack) -> None:
-    """Refuse token ids and lengths that one of the models cannot take.
-
-    Raises:
-        InputError: If a token id is outside of a vocabulary.
-        UsageError: If the sequences are longer than a model's context.
-    """
-    highest = int(batch.input_ids.max()) if batch.input_ids.numel() else 0
-    seq_len = batch.input_ids.shape[1]
-    for role, stack in (("teacher", teacher), ("student", student)):
-        if highest >= stack.vocab_size:
-            raise InputError(
-                f"Token id {highest} is outside of the {role}'s vocabulary of {stack.vocab_size}.",
-                "Use the teacher's own tokenizer, and give the student the teacher's vocab_size.",
-            )
-        if stack.context_length is not None and seq_len > stack.context_length:
-            raise UsageError(
-                f"A batch has sequences of {seq_len} tokens, and the {role}'s context is"
-                f" {stack.context_length}.",
-                f"Set block_size to {stack.context_length} or less.",
-            )

@@ -24,8 +24,9 @@ from cleangpt.run_directory import RunDirectory
 from cleangpt.runtime.module_state import tensors_fingerprint
 from cleangpt.schedules import learning_rate_factor
 from distillation.activations import Activations, cache_budget
-from distillation.batch import Batch, as_batch, check_batch
+from distillation.batch import Batch, as_batch
 from distillation.config import DistillationConfig, StageSettings
+from distillation.preflight import check_batch, check_vocabulary
 from distillation.stages import Stage
 
 logger = logging.getLogger(__name__)
@@ -250,7 +251,7 @@ class _StageLoop:
         self.result = StageResult(stage.name)
         self.step_index = 0
         self._nonfinite_in_a_row = 0
-        self._last_loss = math.nan
+        self._last_loss = self._last_norm = math.nan
         self._logged_at, self._logged_tokens = time.perf_counter(), 0
         self.start_epoch()
 
@@ -289,6 +290,7 @@ class _StageLoop:
             self._skip(loss, norm)
             return
         self.optimizer.step()
+        self._last_norm = norm
         self._count(loss, sum(counts))
 
     def log(self, run: RunDirectory, progress: RunProgress) -> None:
@@ -303,6 +305,7 @@ class _StageLoop:
             stage=self.stage.name,
             step=self.step_index,
             loss=self._last_loss,
+            gradient_norm=self._last_norm,
             learning_rate=learning_rate,
             tokens_per_second=speed,
         )
@@ -379,23 +382,3 @@ def derived_seed(seed: int, *parts: object) -> int:
 def count_parameters(model: nn.Module) -> int:
     """Stored parameters; a tensor shared by two modules counts once."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def check_vocabulary(teacher: BlockStack, student: BlockStack, tokenizer: Any) -> None:
-    """Refuse a student or tokenizer whose token ids are not the teacher's.
-
-    Raises:
-        InputError: If a vocabulary is smaller than the token ids that can occur.
-    """
-    known = len(tokenizer) if tokenizer is not None else teacher.vocab_size
-    if known > teacher.vocab_size:
-        raise InputError(
-            f"The tokenizer has {known} tokens, and the teacher's vocabulary {teacher.vocab_size}.",
-            "Use the tokenizer the teacher was trained with.",
-        )
-    if student.vocab_size != teacher.vocab_size and student.vocab_size < known:
-        raise InputError(
-            f"The student's vocabulary has {student.vocab_size} tokens and the teacher's"
-            f" {teacher.vocab_size}; logits over different tokens cannot be compared.",
-            f"Build the student with vocab_size={teacher.vocab_size}.",
-        )

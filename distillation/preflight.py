@@ -1,0 +1,50 @@
+"""What the two models, the tokenizer and the data must have in common."""
+
+from typing import Any
+
+from cleangpt.blocks import BlockStack
+from cleangpt.errors import InputError, UsageError
+from distillation.batch import Batch
+
+
+def check_vocabulary(teacher: BlockStack, student: BlockStack, tokenizer: Any) -> None:
+    """Refuse a student or tokenizer whose token ids are not the teacher's.
+
+    Raises:
+        InputError: If a vocabulary is smaller than the token ids that can occur.
+    """
+    known = len(tokenizer) if tokenizer is not None else teacher.vocab_size
+    if known > teacher.vocab_size:
+        raise InputError(
+            f"The tokenizer has {known} tokens, and the teacher's vocabulary {teacher.vocab_size}.",
+            "Use the tokenizer the teacher was trained with.",
+        )
+    if student.vocab_size != teacher.vocab_size and student.vocab_size < known:
+        raise InputError(
+            f"The student's vocabulary has {student.vocab_size} tokens and the teacher's"
+            f" {teacher.vocab_size}; logits over different tokens cannot be compared.",
+            f"Build the student with vocab_size={teacher.vocab_size}.",
+        )
+
+
+def check_batch(batch: Batch, teacher: BlockStack, student: BlockStack) -> None:
+    """Refuse token ids and lengths that one of the models cannot take.
+
+    Raises:
+        InputError: If a token id is outside of a vocabulary.
+        UsageError: If the sequences are longer than a model's context.
+    """
+    highest = int(batch.input_ids.max()) if batch.input_ids.numel() else 0
+    seq_len = batch.input_ids.shape[1]
+    for role, stack in (("teacher", teacher), ("student", student)):
+        if highest >= stack.vocab_size:
+            raise InputError(
+                f"Token id {highest} is outside of the {role}'s vocabulary of {stack.vocab_size}.",
+                "Use the teacher's own tokenizer, and give the student the teacher's vocab_size.",
+            )
+        if stack.context_length is not None and seq_len > stack.context_length:
+            raise UsageError(
+                f"A batch has sequences of {seq_len} tokens, and the {role}'s context is"
+                f" {stack.context_length}.",
+                f"Set block_size to {stack.context_length} or less.",
+            )
