@@ -18,7 +18,12 @@ from distillation.batch import Batch
 logger = logging.getLogger(__name__)
 
 RIDGE = 1e-5
-"""Ridge term as a share of the mean feature energy: a stable solve, hardly any bias."""
+"""Ridge term of the regression, as a share of the mean feature energy: hardly any bias."""
+
+BIAS_RIDGE = 1e-3
+"""The same for the intercept's solve. A LayerNorm's features sum to zero, so the head is nearly
+blind to one direction; without a firm ridge the norm's bias grows along it, and with it the
+gradient of the head, while the logits gain nothing."""
 
 
 def untie_lm_head(stack: BlockStack) -> bool:

@@ -223,3 +223,17 @@ def test_shape_annotations_stay_real_objects(file: SourceFile) -> None:
     assert not {"__future__", "jaxtyping"} <= modules, (
         f"{file.name}: postponed annotations hide the shapes from the run-time checker"
     )
+
+
+@pytest.mark.parametrize("file", files(shipped_files()))
+def test_runtime_protocols_have_methods_only(file: SourceFile) -> None:
+    """From Python 3.12 on, isinstance does not see a module's submodules as attributes."""
+    data = [
+        f"{node.name} (line {member.lineno})"
+        for node in ast.walk(file.tree)
+        if isinstance(node, ast.ClassDef)
+        and any("runtime_checkable" in ast.unparse(mark) for mark in node.decorator_list)
+        for member in node.body
+        if isinstance(member, ast.AnnAssign)
+    ]
+    assert not data, f"{file.name}: a run-time protocol lists data members: {data}"
