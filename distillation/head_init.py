@@ -135,7 +135,9 @@ def _set_head(student: BlockStack, teacher_head: nn.Linear, b: Tensor, c: Tensor
     centred_offset = offset[:rows] - offset[:rows].mean()
     gram = centred.T @ centred
     gram += (
-        RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        BIAS_RIDGE
+        * gram.diagonal().mean()
+        * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     )
     norm_bias += torch.linalg.solve(gram, centred.T @ centred_offset).to(norm_bias.dtype)
 
