@@ -17,7 +17,7 @@ from distillation.batch import Batch
 
 logger = logging.getLogger(__name__)
 
-RIDGE = 1e-5
+RIDGE = 1e-4
 """Ridge term of the regression, as a share of the mean feature energy: hardly any bias."""
 
 BIAS_RIDGE = 1e-3
