@@ -84,6 +84,7 @@ def distil(arguments: argparse.Namespace) -> tuple[dict[str, Any], "nn.Module"]:
     for note in source.notes:
         logger.warning("%s", note)
 
+    import torch
     from transformers.utils import logging as transformers_logging
 
     from cleangpt.runtime.device import default_device, resolve_device
@@ -91,6 +92,7 @@ def distil(arguments: argparse.Namespace) -> tuple[dict[str, Any], "nn.Module"]:
 
     transformers_logging.disable_progress_bar()
     device = resolve_device(arguments.device) if arguments.device else default_device()
+    logger.info("Seed %d on %s, %d threads", arguments.seed, device, torch.get_num_threads())
     teacher = load_teacher(
         arguments.teacher_model_name_or_path,
         revision=arguments.teacher_revision,
