@@ -34,8 +34,6 @@ HiddenStates = Float[Tensor, "batch seq d_model"]
 class ReadsHiddenStates(Protocol):
     """A model whose blocks exchange more than one hidden state, and which knows how to read it."""
 
-    final_norm: nn.Module
-
     def read_hidden_states(self, state: Tensor) -> Tensor:
         """Return the hidden state, shape [batch, seq, d_model], contained in a block's output."""
         ...
@@ -102,7 +100,7 @@ class BlockStack:
             InputError: If no single module maps the one to the other.
         """
         if isinstance(self.model, ReadsHiddenStates):
-            return self.model.final_norm
+            return cast("nn.Module", self.model.final_norm)
         return self._find_final_norm()
 
     def block(self, index: int) -> nn.Module:

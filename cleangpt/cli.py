@@ -260,7 +260,10 @@ def run_command(
         return _exit_code(error)
     except KeyboardInterrupt as error:
         _show_traceback(error, arguments)
-        _print_error("stopped by Ctrl-C", "Run the same command again to start over.")
+        _print_error(
+            "stopped by Ctrl-C",
+            "Start it again; distilling into the same --output_dir needs --overwrite.",
+        )
         return 130
     except BrokenPipeError:
         # The reader of our output has gone (`... | head`). Python would complain again at exit.

@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _load_students(
     arguments: argparse.Namespace, device: "torch.device"
-) -> tuple["LoadedModel", list["LoadedModel"]]:
+) -> "tuple[LoadedModel, list[LoadedModel]]":
     """The student and the baselines."""
     from distillation.evaluation.loading import load_model
 
@@ -99,7 +99,7 @@ def _load_students(
 
 def _evaluate(
     student: "LoadedModel",
-    baselines: list["LoadedModel"],
+    baselines: "list[LoadedModel]",
     teacher: "Teacher",
     source: "TextSource",
     settings: "EvaluationSettings",
@@ -248,7 +248,7 @@ def _finish(result: "EvaluationResult", output_dir: Path) -> None:
     print(f"beside it: {others}")
 
 
-def _names(student: "LoadedModel", baselines: list["LoadedModel"]) -> list[str]:
+def _names(student: "LoadedModel", baselines: "list[LoadedModel]") -> list[str]:
     """Names for the table; two models of one kind are told apart by where they lie."""
     from distillation.evaluation.loading import CHECKPOINT_NAME
 
