@@ -100,7 +100,8 @@ class BlockStack:
             InputError: If no single module maps the one to the other.
         """
         if isinstance(self.model, ReadsHiddenStates):
-            return cast("nn.Module", self.model.final_norm)
+            norm: nn.Module = cast("Any", self.model).final_norm
+            return norm
         return self._find_final_norm()
 
     def block(self, index: int) -> nn.Module:

@@ -6,7 +6,7 @@ import pytest
 
 from tests.golden.record import GOLDEN, trajectory
 
-POINT, DRIFT = 5e-3, 1e-3  # the CPU's other instruction sets differ by up to 1e-3
+POINT, DRIFT = 1e-3, 1e-4  # the CPU's other instruction sets differ by some 1e-6
 
 
 def test_losses_and_gradient_norms_are_the_recorded_ones() -> None:
