@@ -89,18 +89,37 @@ def test_the_tokenizer_returns_any_text_exactly(tokenizer, teacher) -> None:
     assert tokenizer.model_max_length == teacher.config.n_positions
 
 
-def test_the_card_tells_the_truth(teacher, tokenizer) -> None:
+@pytest.fixture(scope="module")
+def claimed() -> tuple[int, float]:
+    """Tokens and perplexity of the test split, as the card has them."""
     card = (builtin_teacher_path() / "README.md").read_text(encoding="utf-8")
-    row = re.search(r"\| test \| \d+ \| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \|", card)
+    row = re.search(r"\| test \| \d+ \| ([\d,]+) \| ([\d.]+) \| [\d.]+ \|", card)
     assert row is not None
+    return int(row[1].replace(",", "")), float(row[2])
+
+
+@pytest.fixture(scope="module")
+def same_text() -> bool:
+    """Whether this Python carries the text that the card was measured on; others differ."""
+    return corpus_fingerprint() in (builtin_teacher_path() / "README.md").read_text("utf-8")
+
+
+def test_the_perplexity_is_near_the_one_on_the_card(teacher, tokenizer, claimed, same_text) -> None:
     length = teacher.config.n_positions
     stream = token_stream(tokenizer, builtin_texts("test"))
-    same_text = corpus_fingerprint() in card
     if same_text:
-        assert stream.numel() - 1 == int(row[1].replace(",", ""))
+        assert stream.numel() - 1 == claimed[0]
+    # Windows side by side: half the work of the card's overlapping ones, and less context.
+    ratio = math.exp(mean_loss(teacher, stream, length, length - 1)) / claimed[1]
+    assert 1.0 < ratio < 1.1 if same_text else 0.85 < ratio < 1.25
+
+
+@pytest.mark.slow
+def test_the_card_tells_the_truth(teacher, tokenizer, claimed, same_text) -> None:
+    length = teacher.config.n_positions
+    stream = token_stream(tokenizer, builtin_texts("test"))
     perplexity = math.exp(mean_loss(teacher, stream, length, length // 2))
-    # Another Python version has another text, some of it seen in training under another name.
-    assert perplexity == pytest.approx(float(row[2]), rel=0.002 if same_text else 0.4)
+    assert perplexity == pytest.approx(claimed[1], rel=0.002 if same_text else 0.15)
 
 
 def test_the_teacher_completes_a_docstring(teacher, tokenizer) -> None:
