@@ -10,9 +10,20 @@ import sys
 
 from cleangpt.cli import CommandParser, run_command
 
+# Each fits its time on two cores: three minutes and 25 minutes, evaluation included.
 RECIPES = {
-    "builtin": ["--student_n_embd", "96", "--student_n_head", "6", "--epochs_per_block", "2"],
-    "smollm2": ["--student_n_layer", "6", "--student_n_embd", "384", "--student_n_head", "6"],
+    "builtin": [
+        *("--student_n_embd", "96", "--student_n_head", "6", "--max_samples", "300"),
+        *("--lr_per_block", "5e-3", "--lm_head_lr", "3e-3", "--logit_loss_temperature", "1"),
+    ],
+    "smollm2": [
+        *("--student_n_layer", "6", "--student_n_embd", "384", "--student_n_head", "6"),
+        *("--max_samples", "100", "--epochs_per_block", "3", "--logit_loss_temperature", "1"),
+    ],
+}
+EVALUATION = {
+    "builtin": ["--max_tokens", "20000", "--speed_seconds", "2", "--num_comparison_prompts", "3"],
+    "smollm2": ["--max_tokens", "8000", "--speed_seconds", "10", "--num_comparison_prompts", "3"],
 }
 
 
@@ -43,6 +54,7 @@ def main(argv: list[str] | None = None) -> None:
             *("--baseline_path", f"{output_dir}/start"),
             *("--teacher_model_name", arguments.teacher),
             "--generate_comparisons",
+            *EVALUATION[arguments.teacher],
             *debug,
         ]
     )

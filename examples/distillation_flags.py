@@ -29,12 +29,12 @@ DATA_ROWS: tuple[Row, ...] = (
     ("dataset_split", str, "train", "split to train on"),
     ("max_samples", non_negative_int, 0, "use the first so many documents; 0 is all"),
     ("block_size", positive_int, 128, "tokens per window, the student's context length"),
-    ("batch_size", positive_int, 16, "windows per batch"),
+    ("batch_size", positive_int, 8, "windows per batch"),
     ("num_workers", non_negative_int, 0, "processes that prepare batches"),
 )
 BACKBONE_ROWS: tuple[Row, ...] = (
     ("epochs_per_block", number_or_list(non_negative_int), 1, f"passes per block{PER_BLOCK}"),
-    ("lr_per_block", number_or_list(positive_float), 1e-3, f"peak learning rate{PER_BLOCK}"),
+    ("lr_per_block", number_or_list(positive_float), 2e-3, f"peak learning rate{PER_BLOCK}"),
     (
         "weight_decay_per_block",
         number_or_list(non_negative_float),
@@ -51,7 +51,7 @@ BACKBONE_ROWS: tuple[Row, ...] = (
 )
 HEAD_ROWS: tuple[Row, ...] = (
     ("lm_head_epochs", non_negative_int, 1, "passes over the data in the head phase"),
-    ("lm_head_lr", positive_float, 1e-3, "peak learning rate of the head phase"),
+    ("lm_head_lr", positive_float, 2e-3, "peak learning rate of the head phase"),
     ("lm_head_weight_decay", non_negative_float, 0.01, "weight decay of the head's matrix"),
     ("lm_head_max_grad_norm", positive_float, 1.0, "gradient clipping in the head phase"),
     ("logit_loss_temperature", positive_float, 2.0, "temperature of kl_div and ce"),

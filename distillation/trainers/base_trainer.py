@@ -21,6 +21,7 @@ from cleangpt.blocks import BlockStack
 from cleangpt.errors import InputError, NonFiniteError, UsageError
 from cleangpt.metrics_log import RunProgress
 from cleangpt.run_directory import RunDirectory
+from cleangpt.runtime.device import seed_generators
 from cleangpt.runtime.module_state import tensors_fingerprint
 from cleangpt.schedules import learning_rate_factor
 from distillation.activations import Activations, cache_budget
@@ -201,7 +202,8 @@ class BaseDistillationTrainer:
         return math.ceil(num_batches / self.config.gradient_accumulation_steps)
 
     def _train_epoch(self, loop: "_StageLoop", epoch: int, progress: RunProgress) -> None:
-        torch.manual_seed(derived_seed(self.config.seed, loop.stage.name, f"epoch {epoch}"))
+        seed = derived_seed(self.config.seed, loop.stage.name, f"epoch {epoch}")
+        seed_generators(seed, self.device)
         loop.stage.start_epoch()
         loop.start_epoch()
         size = self.config.gradient_accumulation_steps
@@ -243,6 +245,7 @@ class _StageLoop:
         total_steps: int,
     ) -> None:
         self.config = trainer.config
+        self.device = trainer.device
         self.stage = stage
         self.settings = settings
         self.optimizer = optimizer
@@ -267,7 +270,8 @@ class _StageLoop:
 
     def step(self, micro_batches: list[Batch]) -> None:
         """One optimizer step: count, backward, clip, check, step."""
-        torch.manual_seed(derived_seed(self.config.seed, self.stage.name, self.step_index))
+        seed = derived_seed(self.config.seed, self.stage.name, self.step_index)
+        seed_generators(seed, self.device)
         factor = learning_rate_factor(
             self.step_index,
             self.total_steps,
