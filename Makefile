@@ -14,6 +14,17 @@ CPU_TORCH_INDEX := https://download.pytorch.org/whl/cpu
 HAS_NVIDIA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c GPU)
 WANT_CPU_TORCH := $(if $(filter Linux,$(shell uname -s)),$(if $(filter-out 0,$(HAS_NVIDIA)),,yes),)
 
+# What pip is asked for; empty means the CPU build or nothing. `make TORCH=torch==2.13.0 install`
+# accepts the general build, the CUDA one included.
+TORCH ?= $(if $(WANT_CPU_TORCH),,torch==2.13.0)
+TORCH_LOG := $(VENV)/torch-install.log
+# Succeeds if the plain version is there already or names no CUDA package: some indexes serve a CPU
+# build under it. Nothing is installed.
+PLAIN_TORCH_IS_CPU = $(PIP) install -qq --dry-run --no-deps --report - -c constraints.txt torch==2.13.0 \
+	| $(PY) -c 'import json, re, sys; report = sys.stdin.read(); sys.exit(not report or any( \
+		re.match("nvidia|cuda|triton", need) for item in json.loads(report)["install"] \
+		for need in item["metadata"].get("requires_dist", [])))'
+
 # No test reaches for the network; one thread a worker keeps two workers from fighting.
 TEST_ENV := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1 OMP_NUM_THREADS=1
 
@@ -60,14 +71,17 @@ $(STAMP): constraints.txt pyproject.toml
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@echo "Installing the pinned versions into $(VENV) (once; a few minutes)"
 	@$(PIP) install -qq -c constraints.txt setuptools
-ifeq ($(WANT_CPU_TORCH),yes)
-	@$(PIP) install -qq -c constraints.txt torch==2.13.0+cpu 2>/dev/null \
+ifeq ($(TORCH),)
+	@{ $(PIP) install -qq -c constraints.txt torch==2.13.0+cpu \
 		|| $(PIP) install -qq -c constraints.txt torch==2.13.0+cpu \
-			--retries 2 --extra-index-url $(CPU_TORCH_INDEX) 2>/dev/null \
-		|| { echo "note: the CPU build of torch 2.13.0 was not found; installing the general one"; \
-			$(PIP) install -qq -c constraints.txt torch==2.13.0; }
+			--retries 2 --extra-index-url $(CPU_TORCH_INDEX) \
+		|| { $(PLAIN_TORCH_IS_CPU) && $(PIP) install -qq -c constraints.txt torch==2.13.0; }; \
+	} 2>$(TORCH_LOG) || { cat $(TORCH_LOG); \
+		echo "error: no CPU build of torch 2.13.0 could be installed; what pip said stands above"; \
+		echo "fix: install one into $(VENV) by hand, or accept the general build (gigabytes of CUDA):" \
+			"make TORCH=torch==2.13.0 $(MAKECMDGOALS)"; exit 5; } >&2
 else
-	@$(PIP) install -qq -c constraints.txt torch==2.13.0
+	@$(PIP) install -qq -c constraints.txt $(TORCH)
 endif
 	@$(PIP) install -qq -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@

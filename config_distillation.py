@@ -11,6 +11,9 @@ from typing import Any
 
 ATTN_GAINS = ("per_head", "fixed_one")
 
+MODEL_TYPES = ("Factored", "SASP", "Vanilla")
+"""The students that the commands offer: those of ``model.STUDENTS``, named without torch."""
+
 
 @dataclass
 class GPTConfig:

@@ -9,7 +9,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from jaxtyping import Float
 from safetensors import safe_open
 from safetensors.torch import save
@@ -109,20 +108,3 @@ def load_stitches(path: str | Path) -> StitchingLayers:
     )
     stitches.load_state_dict(tensors, strict=True)
     return stitches.requires_grad_(False).eval()
-
-
-def least_squares_stitch(
-    student: Float[Tensor, "positions d_student"], teacher: Float[Tensor, "positions d_teacher"]
-) -> StitchingLayer:
-    """Return the stitch with bias that minimises the squared error on the given positions.
-
-    Solved by ``torch.linalg.lstsq`` in float64 on centred states: ``P = (X^T X)^+ X^T Y``.
-    """
-    x, y = student.double().cpu(), teacher.double().cpu()
-    mean_x, mean_y = x.mean(0), y.mean(0)
-    solution = torch.linalg.lstsq(x - mean_x, y - mean_y, driver="gelsd").solution
-    stitch = StitchingLayer(student.shape[-1], teacher.shape[-1], bias=True)
-    with torch.no_grad():
-        stitch.projection.weight.copy_(solution.T)
-        stitch.projection.bias.copy_(mean_y - mean_x @ solution)
-    return stitch

@@ -2,7 +2,8 @@
 
 Standard library only, so ``--help`` answers at once: commands import torch and the rest inside
 their ``main``. Exit codes: 0 done, 1 a defect of ours, 2 usage, 3 data or model, 4 checkpoint,
-5 environment, 6 non-finite numbers, 7 memory, 130 stopped by Ctrl-C.
+5 environment, 6 non-finite numbers, 7 memory, 130 stopped by Ctrl-C, 141 the reader of the output
+closed it (`... | head`).
 """
 
 import argparse
@@ -58,11 +59,6 @@ def positive_int(text: str) -> int:
 def non_negative_int(text: str) -> int:
     """Return a whole number >= 0."""
     return _whole_number(text, 0)
-
-
-def finite_float(text: str) -> float:
-    """Return any number but NaN and infinity."""
-    return _real_number(text, lambda value: True, "a finite number")
 
 
 def positive_float(text: str) -> float:

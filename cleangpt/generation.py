@@ -5,7 +5,6 @@ model's own saved ``generation_config`` (a chat model samples by default, say) i
 call and put back afterwards. This file knows models and tokenizers, and nothing about distillation.
 """
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ class GenerationSettings:
         temperature: Softmax temperature when sampling, > 0.
         top_k: Sample among this many tokens; 0 means all.
         top_p: Sample among the most likely tokens that together have this probability.
-        seed: Seed of the sampling; prompt number i uses ``seed + i``.
+        seed: Seed of the sampling; a caller with several prompts changes it from one to the next.
     """
 
     max_new_tokens: int = 40
@@ -92,38 +91,6 @@ def generate_ids(
             input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config
         )
     return [int(token) for token in output[0, len(prompt_ids) :]]
-
-
-def generate_texts(
-    model: nn.Module,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    settings: GenerationSettings,
-    *,
-    context_length: int | None = None,
-) -> list[str]:
-    """Return the continuation of each prompt, without the prompt and without special tokens.
-
-    Prompts run one by one: no padding, so no model is at a disadvantage by how it treats padding.
-    """
-    texts: list[str] = []
-    for index, prompt in enumerate(prompts):
-        prompt_ids = fit_prompt(
-            encode_prompt(tokenizer, prompt), context_length, settings.max_new_tokens
-        )
-        new_ids = generate_ids(
-            model,
-            prompt_ids,
-            _with_seed(settings, settings.seed + index),
-            context_length=context_length,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-        texts.append(str(tokenizer.decode(new_ids, skip_special_tokens=True)))
-    return texts
-
-
-def _with_seed(settings: GenerationSettings, seed: int) -> GenerationSettings:
-    return dataclasses.replace(settings, seed=seed)
 
 
 def _generation_config(

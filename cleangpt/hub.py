@@ -80,7 +80,7 @@ def is_hub_reachable(seconds: float = PROBE_SECONDS) -> bool:
 
     def probe() -> None:
         try:
-            # Any answer will do, a refusal included. The session knows the user's proxy settings.
+            # Any answer will do, a refusal included. The library's client knows the user's proxies.
             hub.get_session().head(constants.ENDPOINT, timeout=seconds)
             answered.set()
         except Exception as error:

@@ -28,13 +28,21 @@ class MetricsLog:
 
     def write(self, event: str, **values: Any) -> None:
         """Append one event; each line is complete, so a killed run leaves a readable file."""
-        nonfinite = [k for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)]
-        record: dict[str, Any] = {"event": event, **values}
-        record.update(dict.fromkeys(nonfinite))
+        record: dict[str, Any] = {"event": event, **without_nonfinite(values)}
+        nonfinite = [name for name in values if record[name] is None and values[name] is not None]
         if nonfinite:
             record["nonfinite"] = nonfinite
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+
+
+def without_nonfinite(value: Any) -> Any:
+    """The same value for JSON, which knows neither NaN nor infinity: they become None."""
+    if isinstance(value, dict):
+        return {name: without_nonfinite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nonfinite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class RunProgress:

@@ -18,7 +18,7 @@ from typing import Any
 
 from cleangpt import __version__
 from cleangpt.errors import EnvironmentProblem, UsageError
-from cleangpt.metrics_log import MetricsLog
+from cleangpt.metrics_log import MetricsLog, without_nonfinite
 
 fcntl: Any
 try:
@@ -54,6 +54,11 @@ class RunDirectory:
         self.run_id = uuid.uuid4().hex
         self._manifest: dict[str, Any] = {}
 
+    @property
+    def is_open(self) -> bool:
+        """Whether a run holds the directory through this object."""
+        return bool(self._manifest)
+
     @contextmanager
     def opened(self, about: dict[str, Any], *, overwrite: bool = False) -> Iterator["RunDirectory"]:
         """Hold the directory for one run; its manifest ends as "done" or "failed".
@@ -68,9 +73,10 @@ class RunDirectory:
             UsageError: If an earlier run's files are there and ``overwrite`` is False.
             EnvironmentProblem: If the directory cannot be written, or another run holds it.
         """
-        if self._manifest:  # already held: a trainer inside a larger run
+        if self.is_open:  # a trainer inside a larger run
             yield self
             return
+        self.check_room(overwrite)
         self._make()
         with self._locked():
             self._make_room(overwrite)
@@ -107,7 +113,8 @@ class RunDirectory:
 
     def write_json(self, name: str, value: Any) -> Path:
         """Write ``value`` as JSON, atomically."""
-        return self.write_bytes(name, (json.dumps(value, indent=2) + "\n").encode())
+        text = json.dumps(without_nonfinite(value), indent=2, allow_nan=False)
+        return self.write_bytes(name, f"{text}\n".encode())
 
     def write_bytes(self, name: str, content: bytes) -> Path:
         """Write a file, atomically."""
@@ -138,14 +145,44 @@ class RunDirectory:
             probe.touch()
             probe.unlink()
 
-    def _make_room(self, overwrite: bool) -> None:
+    def check_room(self, overwrite: bool) -> list[str]:
+        """Refuse a place that a run may not use, and return what it would replace there.
+
+        Writes nothing, so a command can ask before anything slow is loaded.
+
+        Raises:
+            UsageError: If a run's files are there and may not, or must not, be replaced.
+            EnvironmentProblem: If the place is not a directory that can be written.
+        """
+        place = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        if not place.is_dir() or not os.access(place, os.W_OK):
+            raise EnvironmentProblem(
+                f"Cannot write {self.path}: {place} is not a writable directory.",
+                "Choose another output_dir (--output_dir).",
+            )
         found = [name for name in RUN_FILES if (self.path / name).exists()]
         if found and not overwrite:
             raise UsageError(
                 f"{self.path} already holds a run ({', '.join(found)}).",
                 "Choose another output_dir, or pass --overwrite (overwrite=True) to replace it.",
             )
-        for name in found:
+        if found and not self._is_ours():
+            raise UsageError(
+                f"{self.path} holds {', '.join(found)}, but no manifest of a run of this library.",
+                "Nothing was deleted; choose another output_dir (--output_dir).",
+            )
+        return found
+
+    def _is_ours(self) -> bool:
+        """Whether a run of this library wrote the manifest there."""
+        try:
+            manifest = json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return isinstance(manifest, dict) and "run_id" in manifest
+
+    def _make_room(self, overwrite: bool) -> None:
+        for name in self.check_room(overwrite):
             path = self.path / name
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)

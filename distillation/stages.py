@@ -179,8 +179,9 @@ class FitStatistics:
         """Count one batch of predictions."""
         self.count += target.shape[0]
         self.squared_error += float((predicted.float() - target.float()).square().sum())
-        self.squared_norm += float(target.float().square().sum(dtype=torch.float64))
-        summed = target.sum(0, dtype=torch.float64)
+        self.squared_norm += float(target.float().square().sum())
+        # Sums over batches are float64, on the CPU: not every accelerator has it.
+        summed = target.float().sum(0).cpu().double()
         self.total = summed if self.total is None else self.total + summed
 
     def relative_error(self) -> float:

@@ -13,6 +13,7 @@ from cleangpt.cli import (
     positive_int,
     probability,
 )
+from config_distillation import MODEL_TYPES
 
 PROGRAM = "examples.run_distillation_example"
 Row = tuple[str, Callable[[str], Any], Any, str]
@@ -68,7 +69,7 @@ RUN_ROWS: tuple[Row, ...] = (
     ("seed", non_negative_int, 0, "seed of everything random"),
     ("gradient_accumulation_steps", positive_int, 1, "batches per optimizer step"),
     ("warmup_ratio", probability, 0.05, "share of a stage's steps spent warming up"),
-    ("min_lr_ratio", non_negative_float, 0.1, "last learning rate as a share of the peak"),
+    ("min_lr_ratio", probability, 0.1, "last learning rate as a share of the peak"),
     (
         "max_nonfinite_in_a_row",
         positive_int,
@@ -117,8 +118,7 @@ def _add_model_flags(parser: CommandParser) -> None:
         action="store_true",
         help="let code inside the teacher's folder run (default: off)",
     )
-    kinds = ("Factored", "SASP", "Vanilla")
-    _add_choice(parser, "student_model_type", kinds, "Vanilla", "kind of student")
+    _add_choice(parser, "student_model_type", MODEL_TYPES, "Vanilla", "kind of student")
     add("--student_n_layer", type=positive_int, help="blocks (default: as many as the teacher)")
     add("--student_n_embd", type=positive_int, help="width (default: half of the teacher's)")
     add("--student_n_head", type=positive_int, help="heads (default: the teacher's)")

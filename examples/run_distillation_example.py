@@ -11,6 +11,7 @@ import argparse
 import importlib
 import logging
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cleangpt.cli import run_command, setup_logging
@@ -69,11 +70,13 @@ def distil(arguments: argparse.Namespace) -> tuple[dict[str, Any], "nn.Module"]:
     Returns:
         The results of :meth:`DistillationTrainer.train`, and the student.
     """
-    # Names first: a wrong one is told before the seconds that importing torch takes.
+    # Names and places first: a wrong one is told before the seconds that importing torch takes.
     from cleangpt.data import load_texts
+    from cleangpt.run_directory import RunDirectory
     from cleangpt.teacher_source import check_teacher_name
 
     check_teacher_name(arguments.teacher_model_name_or_path, revision=arguments.teacher_revision)
+    RunDirectory(arguments.output_dir).check_room(arguments.overwrite)
     source = load_texts(
         arguments.dataset_name,
         config_name=arguments.dataset_config_name,
@@ -250,7 +253,12 @@ def evaluation_command(arguments: argparse.Namespace, student_path: str) -> str:
     words = ["python", "-m", "distillation.evaluation.evaluate_distilled_model"]
     words += ["--model_path", student_path, "--model_type", arguments.student_model_type]
     words += ["--teacher_model_name", arguments.teacher_model_name_or_path]
+    if arguments.teacher_revision:
+        words += ["--teacher_revision", arguments.teacher_revision]
     words += ["--dataset_name", arguments.dataset_name]
+    if arguments.dataset_name != "builtin" and not Path(arguments.dataset_name).exists():
+        # Ours always have a test split; a published data set may only have this one.
+        words += ["--dataset_split", "validation"]
     if arguments.dataset_config_name:
         words += ["--dataset_config_name", arguments.dataset_config_name]
     if arguments.dataset_text_column:

@@ -1,8 +1,9 @@
 """The students, as HuggingFace models, and the one registry that names them.
 
 Adding a student is a class and a line: subclass ``StudentModel`` (or a kind below) and enter it in
-``STUDENTS``. Files here travel with every exported student; they import only torch, transformers,
-the standard library and, relatively, each other. Read ``model_vanilla_distillation.py`` first.
+``STUDENTS``; the commands offer the names in ``config_distillation.MODEL_TYPES``. Files here travel
+with every exported student; they import only torch, transformers, the standard library and,
+relatively, each other. Read ``model_vanilla_distillation.py`` first.
 """
 
 from typing import Any, Final
@@ -56,7 +57,20 @@ def build_student(config: Any) -> StudentModel:
     return get_model_class(config.model_type)(config)
 
 
-for _student_class in list(STUDENTS.values()):
-    _config_class = _student_class.config_class
-    AutoConfig.register(_config_class.model_type, _config_class, exist_ok=True)
-    AutoModelForCausalLM.register(_config_class, _student_class, exist_ok=True)
+def _register_with_transformers() -> None:
+    """Let the ``Auto`` classes find the students.
+
+    A configuration stands for the first class entered with it: a subclass that shares it cannot
+    take over the folders of the kind it derives from.
+    """
+    seen = set()
+    for student_class in STUDENTS.values():
+        config_class = student_class.config_class
+        if config_class in seen:
+            continue
+        seen.add(config_class)
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        AutoModelForCausalLM.register(config_class, student_class, exist_ok=True)
+
+
+_register_with_transformers()

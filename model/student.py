@@ -6,6 +6,7 @@ distillation. What trainers rely on: ``wte``, ``wpe``, ``blocks``, ``final_norm`
 name, blocks that return one tensor (the *state*), and ``read_hidden_states`` from state to width.
 """
 
+import copy
 import inspect
 from typing import Any, ClassVar
 
@@ -30,7 +31,7 @@ class StudentModel(PreTrainedModel, GenerationMixin):
 
     Args:
         config: A ``GPTConfig``, or any object with its fields, or this class's HuggingFace
-            configuration.
+            configuration. It is copied, so students never share one.
 
     Raises:
         ValueError: If ``vocab_size`` is not set, or the configuration is another kind's; from
@@ -73,7 +74,9 @@ class StudentModel(PreTrainedModel, GenerationMixin):
             cls._auto_class = None
 
     def __init__(self, config: Any) -> None:
-        if not isinstance(config, PretrainedConfig):
+        if isinstance(config, PretrainedConfig):
+            config = copy.deepcopy(config)
+        else:
             config = self.config_class.from_fields(config)
         # By name: exported code may load its configuration and its model as separate modules.
         if config.model_type != self.config_class.model_type:
@@ -172,19 +175,6 @@ class StudentModel(PreTrainedModel, GenerationMixin):
     def get_num_params(self) -> int:
         """Return the number of stored parameters; a tied matrix counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
-
-    def untie_lm_head(self) -> None:
-        """Give the head its own copy of the embedding matrix. Does nothing if it has one."""
-        if self.lm_head.weight is self.wte.weight:
-            self.lm_head.weight = nn.Parameter(self.wte.weight.detach().clone())
-        self.config.tie_word_embeddings = False
-        self.all_tied_weights_keys = self.get_expanded_tied_weights_keys()
-
-    def tie_lm_head(self) -> None:
-        """Let the head read the embedding matrix again; what it had learned is dropped."""
-        self.config.tie_word_embeddings = True
-        self.all_tied_weights_keys = self.get_expanded_tied_weights_keys()
-        self.tie_weights()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate as HuggingFace does, by default up to the context length.

@@ -15,7 +15,7 @@ WIDTH = 32
 FAMILIES = ("gpt2", "llama", "qwen3", "opt", "gpt_neox", "gemma3", "bloom", "mistral")
 STUDENTS = ("Vanilla", "Factored", "SASP")
 
-_LLAMA_LIKE = {
+LLAMA_LIKE = {
     "vocab_size": VOCAB,
     "hidden_size": WIDTH,
     "intermediate_size": 64,
@@ -35,10 +35,10 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "bos_token_id": 0,
         "eos_token_id": 0,
     },
-    "llama": _LLAMA_LIKE,
-    "mistral": {**_LLAMA_LIKE, "sliding_window": 16},
-    "qwen3": {**_LLAMA_LIKE, "head_dim": 8},
-    "gemma3_text": {**_LLAMA_LIKE, "head_dim": 8, "sliding_window": 8},
+    "llama": LLAMA_LIKE,
+    "mistral": {**LLAMA_LIKE, "sliding_window": 16},
+    "qwen3": {**LLAMA_LIKE, "head_dim": 8},
+    "gemma3_text": {**LLAMA_LIKE, "head_dim": 8, "sliding_window": 8},
     "opt": {
         "vocab_size": VOCAB,
         "hidden_size": WIDTH,
@@ -60,12 +60,20 @@ _CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_teacher(family: str = "gpt2", seed: int = 0, **changes: Any) -> Any:
+def tiny_teacher(
+    family: str = "gpt2",
+    seed: int = 0,
+    *,
+    config_fields: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Any:
     """A random teacher of a HuggingFace family: 3 blocks of width 32, in eval mode."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model_type = "gemma3_text" if family == "gemma3" else family
-    config = AutoConfig.for_model(model_type, **{**_CONFIGS[model_type], **changes})
+    config = AutoConfig.for_model(
+        model_type, **{**(config_fields or _CONFIGS[model_type]), **changes}
+    )
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():  # the tiny initial weights of some families make all states alike

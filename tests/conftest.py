@@ -1,6 +1,7 @@
 """Settings every test shares. Imports none of our packages: the shape checker must come first."""
 
 import os
+from typing import Any
 
 for _name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
     os.environ.setdefault(_name, "1")
@@ -21,14 +22,23 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """A test that reaches for another machine fails; loopback stays open for worker processes."""
     import socket
 
-    connect = socket.socket.connect
+    connect, look_up = socket.socket.connect, socket.getaddrinfo
+    # A server asks for the addresses of no host at all when it binds to every one of its own.
+    here = ("127.0.0.1", "::1", "localhost", "", None)
 
-    def guarded(self: socket.socket, address: object) -> None:
+    def guarded_connect(self: socket.socket, address: object) -> None:
         local = isinstance(address, (str, bytes)) or (
-            isinstance(address, tuple) and address[0] in ("127.0.0.1", "::1", "localhost")
+            isinstance(address, tuple) and address[0] in here
         )
         if not local:
             raise AssertionError(f"A test tried to reach {address}.")
         connect(self, address)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(socket.socket, "connect", guarded)
+    def guarded_look_up(host: str | bytes | None, *rest: Any, **more: Any) -> Any:
+        name = host.decode() if isinstance(host, bytes) else host
+        if name not in here:
+            raise AssertionError(f"A test tried to look up {name}.")
+        return look_up(host, *rest, **more)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded_connect)
+    monkeypatch.setattr(socket, "getaddrinfo", guarded_look_up)

@@ -1,5 +1,6 @@
 """What the evaluation's tests share: prose, models saved to disk, and a result."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,28 @@ PROSE = [
     "A student learns block by block what the teacher knows.\nIt has fewer parameters.\n" * 3,
     "Perplexity is the exponential of the mean loss; lower is better, and one is perfect. " * 3,
 ]
+
+
+@functools.cache
+def _device_tensor() -> Any:
+    import torch
+
+    class DeviceTensor(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func: Any, *rest: Any) -> Any:
+            result = super().__torch_function__(func, *rest)
+            if func is torch.Tensor.cpu:
+                return result.as_subclass(torch.Tensor)
+            if isinstance(result, torch.Tensor) and result.dtype == torch.float64:
+                raise TypeError("Cannot convert a tensor to float64: the device does not have it.")
+            return result
+
+    return DeviceTensor
+
+
+def without_float64(tensor: Any) -> Any:
+    """The tensor as if on a device that has no float64, such as Apple's, until ``cpu()``."""
+    return tensor.as_subclass(_device_tensor())
 
 
 def byte_tokenizer() -> Any:

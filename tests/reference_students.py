@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from config_distillation import GPTConfig
-from model import StudentModel, build_student
+from model import STUDENTS, StudentModel, build_student
 
-KINDS = ("Vanilla", "Factored", "SASP")
+KINDS = tuple(STUDENTS)
 VOCAB = 41
 
 
@@ -54,7 +54,7 @@ def reference_logits(student: StudentModel, token_ids: list[int]) -> tuple[list[
     x = torch.stack(
         [parameters["wte.weight"][i] + parameters["wpe.weight"][t] for t, i in enumerate(token_ids)]
     )
-    step = {"Vanilla": _vanilla, "Factored": _factored, "SASP": _sasp}[config.model_type]
+    step = EQUATIONS[config.model_type]
     state = (x, torch.zeros_like(x)) if config.model_type == "Factored" else (x,)
     hidden = [x]
     for index in range(config.n_layer):
@@ -104,6 +104,9 @@ def _sasp(p: dict[str, Tensor], state: tuple[Tensor, ...], config: Any) -> tuple
         heads.append(shaped @ v[:, h * config.head_dim : (h + 1) * config.head_dim])
     y = channel_map(p, "proj", torch.cat(heads, dim=-1), config)
     return (y + p["beta_ff"] * mlp(p, u, lambda z: z.clamp(min=0)),)
+
+
+EQUATIONS = {"Vanilla": _vanilla, "Factored": _factored, "SASP": _sasp}
 
 
 def linear(p: dict[str, Tensor], name: str, x: Tensor) -> Tensor:

@@ -169,6 +169,23 @@ class TextDataset(Dataset[dict[str, Tensor]]):
         return {"input_ids": self.tokens[start : start + self.block_size]}
 
 
+def _padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    if tokenizer.pad_token_id is not None:
+        return int(tokenizer.pad_token_id)
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            "the tokenizer has neither a padding token nor an end-of-sequence token to pad with.",
+            "Set one before the collator is made: tokenizer.pad_token = a token of its vocabulary.",
+        )
+    logger.info(
+        "the tokenizer has no padding token; padding with its eos %r (id %d), which the attention "
+        "mask hides",
+        tokenizer.eos_token,
+        tokenizer.eos_token_id,
+    )
+    return int(tokenizer.eos_token_id)
+
+
 class DistillationDataCollator:
     """Items into one right-padded batch; the mask comes from lengths, never from token ids.
 
@@ -176,16 +193,19 @@ class DistillationDataCollator:
     the text. A mask of ``ids == pad`` would hide real positions, so lengths decide.
 
     Args:
-        tokenizer: Gives the padding id: ``pad``, or ``eos``, or 0.
+        tokenizer: Gives the padding id: ``pad``, or ``eos`` if it has none, which is logged.
         block_size: Items longer than this are cut, >= 1.
+
+    Raises:
+        UsageError: If ``block_size`` is not positive.
+        InputError: If the tokenizer has neither token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, block_size: int) -> None:
         _check_block_size(block_size)
         self.block_size = block_size
-        candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         # Only the id is kept, so worker processes do not carry (or warn about) the tokenizer.
-        self.padding_id: int = next(each for each in candidates if each is not None)
+        self.padding_id = _padding_id(tokenizer)
 
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Int[Tensor, "batch seq"]]:
         """Return ``input_ids`` and ``attention_mask``, int64, padded to the longest item.

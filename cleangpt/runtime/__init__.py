@@ -1,1 +1,1 @@
-"""Devices, threads, seeds and the state of modules."""
+"""Devices, seeds and the state of modules."""

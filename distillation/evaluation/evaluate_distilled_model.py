@@ -22,6 +22,7 @@ from cleangpt.cli import (
     run_command,
     setup_logging,
 )
+from config_distillation import MODEL_TYPES
 
 if TYPE_CHECKING:
     import torch
@@ -47,11 +48,10 @@ def main(argv: list[str] | None = None) -> None:
     arguments = build_parser().parse_args(argv)
     setup_logging(arguments.debug)
 
+    # Names first: a wrong one is told before the seconds that importing torch takes.
     from cleangpt.data import load_texts
-    from cleangpt.runtime.device import default_device, resolve_device
-    from cleangpt.teacher import load_teacher
-    from distillation.evaluation.loading import check_same_vocabulary
 
+    _check_names(arguments)
     settings = _settings(arguments)
     source = load_texts(
         arguments.dataset_name,
@@ -60,6 +60,11 @@ def main(argv: list[str] | None = None) -> None:
         text_column=arguments.dataset_text_column,
         max_samples=arguments.max_samples,
     )
+
+    from cleangpt.runtime.device import default_device, resolve_device
+    from cleangpt.teacher import load_teacher
+    from distillation.evaluation.loading import check_same_vocabulary
+
     device = resolve_device(arguments.device) if arguments.device else default_device()
     student, baselines = _load_students(arguments, device)
     teacher = load_teacher(
@@ -75,6 +80,20 @@ def main(argv: list[str] | None = None) -> None:
         ["python", "-m", PROGRAM, *(sys.argv[1:] if argv is None else argv)]
     )
     _finish(result, Path(arguments.output_dir or student.run_dir / "evaluation"))
+
+
+def _check_names(arguments: argparse.Namespace) -> None:
+    """Refuse names that lead nowhere, without importing torch."""
+    from cleangpt.hub import local_path
+    from cleangpt.teacher_source import check_teacher_name
+
+    for flag, names in (
+        ("--model_path", [arguments.model_path]),
+        ("--baseline_path", arguments.baseline_path),
+    ):
+        for name in names:
+            local_path(name, flag=flag, suffixes=(".pt", ".gguf"))
+    check_teacher_name(arguments.teacher_model_name, revision=arguments.teacher_revision)
 
 
 def _load_students(
@@ -139,7 +158,7 @@ def build_parser() -> CommandParser:
     add("--model_path", required=True, help="a .pt checkpoint, a run directory or a model folder")
     add(
         "--model_type",
-        choices=("Factored", "SASP", "Vanilla"),
+        choices=MODEL_TYPES,
         help="the kind of student expected (default: what is saved)",
     )
     add(
@@ -263,7 +282,6 @@ def _names(student: "LoadedModel", baselines: "list[LoadedModel]") -> list[str]:
 def _settings(arguments: argparse.Namespace) -> "EvaluationSettings":
     """The flags as one checked object, before anything slow is loaded."""
     from cleangpt.errors import UsageError
-    from distillation.evaluation.prompts import read_prompts
     from distillation.evaluation.results import EvaluationSettings
 
     if arguments.prompts_file and not arguments.generate_comparisons:
@@ -271,7 +289,11 @@ def _settings(arguments: argparse.Namespace) -> "EvaluationSettings":
             "--prompts_file is given without --generate_comparisons: nothing would be generated.",
             "Add --generate_comparisons.",
         )
-    prompts = read_prompts(Path(arguments.prompts_file)) if arguments.prompts_file else ()
+    prompts: tuple[str, ...] = ()
+    if arguments.prompts_file:
+        from distillation.evaluation.prompts import read_prompts  # imports torch
+
+        prompts = read_prompts(Path(arguments.prompts_file))
     wanted = arguments.num_comparison_prompts
     count = 0 if prompts or not arguments.generate_comparisons else wanted or DEFAULT_PROMPTS
     return EvaluationSettings(

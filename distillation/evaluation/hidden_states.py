@@ -23,7 +23,7 @@ BlockPairs = list[tuple[Tensor, Tensor]]
 
 @dataclass
 class ErrorSums:
-    """Running sums over positions, in float64."""
+    """Running sums over positions, in float64 on the CPU: Apple's GPUs have no float64."""
 
     num_positions: int = 0
     squared_error: float = 0.0
@@ -37,7 +37,7 @@ class ErrorSums:
         teacher: Float[Tensor, "positions d_teacher"],
     ) -> None:
         """Add positions whose student side is already stitched."""
-        student, teacher = student.double().cpu(), teacher.double().cpu()
+        student, teacher = student.cpu().double(), teacher.cpu().double()
         self.num_positions += len(teacher)
         self.squared_error += (student - teacher).square().sum().item()
         self.cosine += F.cosine_similarity(student, teacher, dim=-1).sum().item()
@@ -63,10 +63,9 @@ class ErrorSums:
 class LeastSquaresStitch:
     """A linear map with bias, W = (X'X + R)^-1 X'Y, from streaming sums.
 
-    ``stitching_layers.least_squares_stitch`` needs all states of a block at once; this needs only
-    sums, for all blocks of a pass. The ridge R is a millionth of the diagonal of X'X, channel by
-    channel, so that outlier channels do not set it: it only makes the solution exist when channels
-    are constant or positions are few.
+    It keeps sums only, so one pass fits all blocks. The ridge R is a millionth of the diagonal of
+    X'X, channel by channel, so that outlier channels do not set it: it only makes the solution
+    exist when channels are constant or positions are few.
     """
 
     def __init__(self) -> None:
@@ -81,7 +80,7 @@ class LeastSquaresStitch:
     ) -> None:
         """Add positions to fit on."""
         inputs = _with_ones(student)
-        gram, cross = inputs.T @ inputs, inputs.T @ teacher.double().cpu()
+        gram, cross = inputs.T @ inputs, inputs.T @ teacher.cpu().double()
         self.gram = gram if self.gram is None else self.gram + gram
         self.cross = cross if self.cross is None else self.cross + cross
 
@@ -102,7 +101,7 @@ class LeastSquaresStitch:
 
 def _with_ones(student: Tensor) -> Tensor:
     """Append the constant 1 that carries the bias."""
-    return F.pad(student.double().cpu(), (0, 1), value=1.0)
+    return F.pad(student.cpu().double(), (0, 1), value=1.0)
 
 
 @torch.no_grad()

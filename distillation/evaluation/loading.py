@@ -64,13 +64,14 @@ def load_model(
     Args:
         name: A ``.pt`` checkpoint, a run directory, a HuggingFace folder, a ``.gguf`` file, or any
             name that works for a teacher.
-        model_type: The kind of student expected; None takes what is saved.
+        model_type: The kind of student expected; None takes what is saved. A name in
+            ``model.STUDENTS`` whose class reads the saved configuration decides the class.
         device: Where the model goes.
         trust_remote_code: Whether code inside a HuggingFace folder may run.
         flag: The flag ``name`` came from, for messages.
 
     Raises:
-        InputError: If there is no model, or not one that can be used.
+        InputError: If there is no model, or not one that can be used, or its class is unknown.
         CheckpointError: If a file is damaged, foreign, or of an unfinished run.
         UsageError: If ``model_type`` is not the saved type.
     """
@@ -134,8 +135,13 @@ def _load_pt(path: Path, model_type: str | None) -> tuple[nn.Module, str]:
     """A checkpoint of ours: the class by its saved type, the weights strictly."""
     saved = load_checkpoint(path)
     saved_type = str(saved["model_type"])
-    _check_type(saved_type, model_type, path)
-    student_class = _student_class(saved_type, saved["metadata"].get("model_class"), path)
+    class_name = saved["metadata"].get("model_class")
+    student_class = _student_class(saved_type, class_name, model_type, path)
+    if student_class is None:
+        raise InputError(
+            f"{path} holds a student of type {saved_type!r}, which is not registered.",
+            f"Enter its class in model.STUDENTS; known: {', '.join(sorted(students.STUDENTS))}.",
+        )
     student = student_class(student_class.config_class.from_dict(saved["config"]))
     load_checkpoint(path, student)
     step, total = saved["metadata"].get("step"), saved["metadata"].get("total_steps")
@@ -145,44 +151,66 @@ def _load_pt(path: Path, model_type: str | None) -> tuple[nn.Module, str]:
     return student, label
 
 
-def _student_class(saved_type: str, class_name: str | None, path: Path) -> Any:
-    """The class that made the checkpoint, else the one registered for its type."""
-    for student_class in students.STUDENTS.values():
-        if student_class.__name__ == class_name:
+def _student_class(
+    saved_type: str, class_name: str | None, model_type: str | None, path: Path
+) -> Any:
+    """The registered class to load with, or None if no student has that type of configuration.
+
+    That is the class ``model_type`` names, else the one that was saved, else (in files that do not
+    tell) the first one with such a configuration.
+    """
+    fitting = {
+        name: student_class
+        for name, student_class in students.STUDENTS.items()
+        if student_class.config_class.model_type.lower() == saved_type.lower()
+    }
+    if model_type is not None:
+        for name, student_class in fitting.items():
+            if name.lower() == model_type.lower():
+                return student_class
+        if model_type.lower() != saved_type.lower():
+            raise UsageError(
+                f"--model_type is {model_type}, but {path} holds a {saved_type} model.",
+                f"Use --model_type {saved_type}, or leave the flag out.",
+            )
+    for student_class in fitting.values():
+        if class_name in (None, student_class.__name__):
             return student_class
-    try:
-        return students.get_model_class(saved_type)
-    except ValueError as error:
+    if fitting:
+        stock = next(iter(fitting))
         raise InputError(
-            f"{path} holds a student of type {saved_type!r}, which is not registered.",
-            f"Enter its class in model.STUDENTS; known: {', '.join(sorted(students.STUDENTS))}.",
-        ) from error
-
-
-def _check_type(saved_type: str, model_type: str | None, path: Path) -> None:
-    if model_type is not None and model_type.lower() != saved_type.lower():
-        raise UsageError(
-            f"--model_type is {model_type}, but {path} holds a {saved_type} model.",
-            f"Use --model_type {saved_type}, or leave the flag out.",
+            f"{path} was saved from class {class_name}, which is not registered; as a plain "
+            f"{stock} it could compute something else.",
+            f'Register it before loading: model.STUDENTS["{class_name}"] = {class_name}; '
+            f"or say --model_type {stock} to load it as that.",
         )
+    return None
 
 
 def _load_folder(folder: Path, model_type: str | None, trust_remote_code: bool) -> nn.Module:
-    """A HuggingFace folder; our students' types are registered by importing ``model``."""
+    """A HuggingFace folder: a student by the class that was saved, others as transformers finds."""
     from transformers import AutoModelForCausalLM
 
     config = _read_json(folder / "config.json")
-    _check_type(str(config.get("model_type")), model_type, folder)
+    loader: Any = AutoModelForCausalLM
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    has_code = "AutoModelForCausalLM" in (config.get("auto_map") or {})
+    if model_type is not None or not (trust_remote_code and has_code):
+        class_name = next(iter(config.get("architectures") or ()), None)
+        saved_type = str(config.get("model_type"))
+        student_class = _student_class(saved_type, class_name, model_type, folder)
+        if student_class is not None:
+            loader, options = student_class, {}
     for file in [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]:
         _refuse_pointer(file)
     loaded, info = _explained(
         folder,
-        lambda: AutoModelForCausalLM.from_pretrained(
+        lambda: loader.from_pretrained(
             folder,
             dtype=torch.float32,
             local_files_only=True,
-            trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            **options,
         ),
     )
     lost = {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys") if info.get(key)}

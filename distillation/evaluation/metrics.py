@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from distillation.evaluation.results import QualityResult
 from distillation.evaluation.scoring_windows import WindowBatch
+from distillation.losses.divergence import tempered_kl
 
 POSITIONS_PER_CHUNK = 256
 
@@ -56,21 +57,12 @@ class TokenSums:
             rows = slice(start, start + POSITIONS_PER_CHUNK)
             own, theirs = logits[rows].float(), teacher_logits[rows].float()
             self.num_tokens += len(own)
-            self.loss += F.cross_entropy(own, targets[rows], reduction="none").double().sum().item()
+            nats = F.cross_entropy(own, targets[rows], reduction="none")
+            self.loss += nats.cpu().double().sum().item()  # Apple's GPUs have no float64
             shared = min(own.shape[-1], theirs.shape[-1])
             own, theirs = own[:, :shared], theirs[:, :shared]
-            self.kl += kl_per_position(own, theirs).double().sum().item()
+            self.kl += tempered_kl(own, theirs, temperature=1.0).item() * len(own)
             self.agreements += int((own.argmax(-1) == theirs.argmax(-1)).sum())
-
-
-def kl_per_position(
-    logits: Float[Tensor, "positions vocab"], teacher_logits: Float[Tensor, "positions vocab"]
-) -> Float[Tensor, " positions"]:
-    """Return KL(teacher || model) in nats for each position; exactly 0 for equal logits."""
-    log_probs = F.log_softmax(logits, dim=-1)
-    return F.kl_div(
-        log_probs, F.log_softmax(teacher_logits, dim=-1), log_target=True, reduction="none"
-    ).sum(-1)
 
 
 @torch.no_grad()

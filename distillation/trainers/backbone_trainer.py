@@ -11,7 +11,6 @@ from torch import nn
 from typing_extensions import Unpack
 
 from cleangpt.errors import UsageError
-from cleangpt.metrics_log import RunProgress
 from cleangpt.run_directory import RunDirectory
 from cleangpt.runtime.module_state import preserved_modes
 from distillation.config import (
@@ -25,7 +24,8 @@ from distillation.layer_map import uniform_layer_map
 from distillation.losses import DistillationLoss
 from distillation.pictures import save_hidden_state_picture
 from distillation.stages import BlockStage, Loss, Stage
-from distillation.trainers.base_trainer import BaseDistillationTrainer, StageResult, derived_seed
+from distillation.trainers.base_trainer import BaseDistillationTrainer
+from distillation.trainers.stage_loop import StageResult, derived_seed
 from stitching_layers import StitchingLayers, stitches_to_bytes
 
 logger = logging.getLogger(__name__)
@@ -36,9 +36,11 @@ ROW = "%5s  %7s  %10s  %10s  %10s  %14s  %8s  %s"
 class BackboneDistillationTrainer(BaseDistillationTrainer):
     """Block m of the student learns the raw output of teacher block ``layer_map[m]``.
 
-    Each block learns through its own stitching layer, from the states its frozen predecessors give
-    it. May be subclassed to replace ``hidden_state_loss_fn`` after construction: any callable
-    ``(student, teacher) -> mean over positions`` on tensors of shape [positions, d_teacher].
+    The student is trained in place and not saved; see
+    :func:`~distillation.utils.save_checkpoint`. Each block learns through its own stitching layer,
+    from the states its frozen predecessors give it. May be subclassed to replace
+    ``hidden_state_loss_fn`` after construction: any callable ``(student, teacher) -> mean over
+    positions`` on tensors of shape [positions, d_teacher].
 
     Args:
         teacher_model: A HuggingFace causal LM. It is never changed.
@@ -133,15 +135,7 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
         settings = self.stage_settings(
             epochs_per_block, lr_per_block, wd_per_block, max_grad_norm_per_block
         )
-        self.teacher_model.to(self.device)
-        self.student_model.to(self.device)
-        self.progress = self.progress or RunProgress(len(settings))
-        self.activations.forget()
-        with (
-            torch.random.fork_rng(),
-            preserved_modes(self.teacher_model, self.student_model),
-            self.run.opened(self.about_run(), overwrite=self.overwrite),
-        ):
+        with self.running(len(settings), self.overwrite):
             rows = self._train_blocks(settings)
         return {"backbone_losses": [row["last_loss"] for row in rows], "blocks": rows}
 
@@ -196,7 +190,8 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
         """Write the picture of this epoch, if pictures were asked for."""
         if self.config.hidden_state_pictures and isinstance(stage, BlockStage):
             batch = next(iter(self.batches(0)))
-            with torch.no_grad():
+            with torch.no_grad(), preserved_modes(self.student_model):
+                self.student_model.eval()
                 student, teacher = stage.states(batch)
             name = f"hidden_states_block_{stage.block}_epoch_{epoch}.png"
             save_hidden_state_picture(self.run.path / "pictures" / name, student[0], teacher[0])
@@ -249,12 +244,14 @@ def verdict(result: StageResult, relative_error: float) -> str:
     """What the numbers of a block say, in words.
 
     ``relative_error`` is the squared error as a share of the teacher's variation about its mean: a
-    block that only learnt the mean has 1.0.
+    block that only learnt the mean has 1.0. For a loss other than a squared error it is a second
+    opinion: ``kl_div`` may be low where it is high.
     """
     if result.steps == 0 or math.isnan(relative_error):
         return "not trained"
-    if result.last_loss > result.first_loss:
-        return "diverged: lower lr_per_block"
     limits = [(0.05, "very close"), (0.2, "close"), (0.6, "partly learnt"), (1.0, "weak")]
     words = [text for limit, text in limits if relative_error < limit]
-    return words[0] if words else "no better than the mean"
+    if words:
+        return words[0]
+    diverged = result.last_loss > result.first_loss
+    return "diverged: lower lr_per_block" if diverged else "no better than the mean"

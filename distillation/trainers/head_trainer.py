@@ -9,9 +9,7 @@ import torch
 from torch import nn
 from typing_extensions import Unpack
 
-from cleangpt.metrics_log import RunProgress
 from cleangpt.run_directory import RunDirectory
-from cleangpt.runtime.module_state import preserved_modes
 from distillation.config import DistillationConfig, LoopOptions, StageSettings
 from distillation.head_init import can_copy_head, copy_head, fit_head, untie_lm_head
 from distillation.losses import LogitDistillationLoss
@@ -27,9 +25,11 @@ HEAD_FIT_TOKENS = 131_072
 class HeadDistillationTrainer(BaseDistillationTrainer):
     """The student's final norm and head learn the teacher's logits; the backbone stays fixed.
 
-    A head tied to the embeddings is untied first: training it tied would move what feeds the frozen
-    blocks. ``logit_loss_fn`` may be replaced after construction, as ``hidden_state_loss_fn`` of the
-    backbone trainer.
+    The student is trained in place and not saved; see
+    :func:`~distillation.utils.save_checkpoint`. After a backbone trainer, give it an ``output_dir``
+    of its own. A head tied to the embeddings is untied first: training it tied would move what
+    feeds the frozen blocks. ``logit_loss_fn`` may be replaced after construction, as
+    ``hidden_state_loss_fn`` of the backbone trainer.
 
     Args:
         teacher_model: A HuggingFace causal LM. It is never changed.
@@ -83,7 +83,9 @@ class HeadDistillationTrainer(BaseDistillationTrainer):
         )
         self.overwrite = overwrite
         self.logit_loss_fn: Loss = LogitDistillationLoss(logit_loss_type, logit_loss_temperature)
-        self.stitched = False
+        # Whether the student's hidden states are the teacher's only through a stitch; a caller
+        # who knows that they are the teacher's own sets False, and the head is copied then.
+        self.stitched = True
 
     def train_head(
         self,
@@ -114,18 +116,8 @@ class HeadDistillationTrainer(BaseDistillationTrainer):
         settings = self.stage_settings(
             lm_head_epochs, lm_head_lr, lm_head_wd, lm_head_max_grad_norm
         )
-        self.teacher_model.to(self.device)
-        self.student_model.to(self.device)
-        self.progress = self.progress or RunProgress(1)
-        with (
-            torch.random.fork_rng(),
-            preserved_modes(self.teacher_model, self.student_model),
-            self.run.opened(self.about_run(), overwrite=self.overwrite),
-        ):
-            try:
-                row = self._prepare_and_train(settings, initialize_from_teacher)
-            finally:
-                self.activations.forget()
+        with self.running(1, self.overwrite):
+            row = self._prepare_and_train(settings, initialize_from_teacher)
         return {"head_loss": row["last_loss"] if row["steps"] else None, "head": row}
 
     def stage_settings(
@@ -145,7 +137,6 @@ class HeadDistillationTrainer(BaseDistillationTrainer):
         )
 
     def _prepare_and_train(self, settings: StageSettings, from_teacher: bool) -> dict[str, Any]:
-        """Known states are used and then dropped: the student may change before the next call."""
         if untie_lm_head(self.student):
             logger.info("The head was tied to the embeddings; it has its own weight from here on.")
         if from_teacher:

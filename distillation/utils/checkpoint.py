@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from cleangpt.errors import CheckpointError, InputError
-from cleangpt.run_directory import write_atomically
+from cleangpt.metrics_log import without_nonfinite
+from cleangpt.run_directory import disk_errors_explained, write_atomically
 
 FORMAT_VERSION = 1
 
@@ -52,8 +53,9 @@ def save_checkpoint(model: nn.Module, path: str | Path, **extra: Any) -> Path:
         "config": config_values,
         **extra,
     }
-    metadata = json.dumps(about, default=_json_value)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = json.dumps(without_nonfinite(about), default=_json_value, allow_nan=False)
+    with disk_errors_explained(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
     content = {"model_state_dict": state, "metadata": metadata}
     return write_atomically(path, lambda temporary: torch.save(content, temporary))
 
@@ -79,7 +81,7 @@ def load_checkpoint(
     if not path.is_file():
         raise InputError(f"There is no file {path}.", "Check the path of the checkpoint.")
     content = _read(path, device)
-    metadata: dict[str, Any] = json.loads(content["metadata"])
+    metadata = content["metadata"]
     version = metadata.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise CheckpointError(
@@ -112,9 +114,9 @@ def _read(path: Path, device: torch.device | str | None) -> dict[str, Any]:
             f"{path} cannot be read as a checkpoint of this library ({type(error).__name__}).",
             "It is damaged or was made by other software; use another copy or save it again.",
         ) from error
+    metadata = _parsed(content.get("metadata")) if isinstance(content, dict) else None
     good = (
-        isinstance(content, dict)
-        and isinstance(content.get("metadata"), str)
+        metadata is not None
         and isinstance(content.get("model_state_dict"), dict)
         and all(isinstance(value, Tensor) for value in content["model_state_dict"].values())
     )
@@ -124,7 +126,16 @@ def _read(path: Path, device: torch.device | str | None) -> dict[str, Any]:
             " (expected model_state_dict and metadata).",
             "Pass a file written by save_checkpoint or by a distillation run.",
         )
-    return dict(content)
+    return {**content, "metadata": metadata}
+
+
+def _parsed(metadata: Any) -> dict[str, Any] | None:
+    """The metadata as a dictionary, or None if it is not one in JSON."""
+    try:
+        parsed = json.loads(metadata)
+    except (TypeError, ValueError):
+        return None
+    return parsed if isinstance(parsed, dict) else None
 
 
 def _load_strictly(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:

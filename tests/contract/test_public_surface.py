@@ -9,6 +9,7 @@ import dataclasses
 import importlib
 import inspect
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,9 +139,18 @@ def test_flag(module: str, written: str) -> None:
 @pytest.mark.parametrize("module", CONTRACT["flags"])
 def test_help_shows_every_default(module: str) -> None:
     parser = build_parser(module)
-    text = parser.format_help()
-    assert not [a.option_strings for a in parser._actions if not a.help]
-    assert "%(default)" not in text
+    assert "%(default)" not in parser.format_help()
+    for action in parser._actions:
+        flag, text, default = action.option_strings[0], action.help, action.default
+        assert text, f"{flag} needs a help text"
+        if default is None or default is False or default in ([], argparse.SUPPRESS):
+            continue  # no value: off, or not given
+        if default is True:
+            assert "(default: on)" in text or text.startswith("turns --"), flag
+            continue
+        shown = re.search(r"\(default: ([^,)]+)", text)
+        assert shown, f"{flag} does not show its default {default}"
+        assert type(default)(shown[1]) == default, f"{flag} shows {shown[1]}, it is {default}"
 
 
 def test_switches_have_two_sides() -> None:

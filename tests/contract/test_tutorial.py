@@ -58,7 +58,7 @@ def tutorial_blocks() -> dict[str, Block]:
 
 
 class Reader:
-    """Someone who types the tutorial into one session, block after block."""
+    """Someone who types the tutorial into one interpreter, block after block."""
 
     def __init__(self) -> None:
         from torch.utils.data import DataLoader

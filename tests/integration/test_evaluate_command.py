@@ -1,6 +1,8 @@
 """The evaluation command end to end, on tiny models saved to disk."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -167,3 +169,28 @@ def test_refusals_are_two_lines_and_an_exit_code(
     assert shown.err.splitlines()[-2].startswith("error: ")
     assert shown.err.splitlines()[-1].startswith("fix: ")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "name"),
+    [
+        ("--teacher_model_name", "/nowhere/teacher"),
+        ("--model_path", "/nowhere/model.pt"),
+        ("--baseline_path", "/nowhere/model.pt"),
+        ("--dataset_name", "/nowhere/text.txt"),
+    ],
+)
+def test_wrong_names_are_refused_before_torch_is_imported(made: Path, flag: str, name: str) -> None:
+    code = (
+        "import sys\n"
+        "from cleangpt.cli import run_command\n"
+        "from distillation.evaluation.evaluate_distilled_model import main\n"
+        "code = run_command(main, sys.argv[1:])\n"
+        "print(code, [m for m in ('torch', 'transformers') if m in sys.modules])\n"
+    )
+    flags = ["--model_path", str(made / "run"), flag, name]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *flags], capture_output=True, text=True, timeout=100
+    )
+    assert done.stdout.strip() == "3 []", done.stderr
+    assert name in done.stderr

@@ -1,6 +1,7 @@
 """Teachers by name: folders, GGUF files, the embedded one, the hub."""
 
 import importlib.util
+import logging
 import os
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import torch
 import transformers
 
 from cleangpt.errors import EnvironmentProblem
-from cleangpt.teacher import fingerprint_of, load_teacher, load_tokenizer
+from cleangpt.runtime.module_state import tensors_fingerprint
+from cleangpt.teacher import load_teacher
 from cleangpt.teacher_source import check_teacher_name, find_teacher
 from tests.saved_teachers import CONFIGS, VOCAB, build, save
 
@@ -47,7 +49,7 @@ def test_a_folder_gives_a_frozen_teacher(family: str, tmp_path: Path) -> None:
     ids = torch.randint(0, VOCAB, (2, 9))
     with torch.no_grad():
         assert torch.equal(teacher.model(ids).logits, model.eval()(ids).logits)
-    assert teacher.fingerprint == fingerprint_of(model)
+    assert teacher.fingerprint == tensors_fingerprint(model.named_parameters())
     assert teacher.tokenizer.decode(teacher.tokenizer("a word").input_ids) == "a word"
 
 
@@ -59,23 +61,35 @@ def test_dtype_is_ours_and_not_the_checkpoints(tmp_path: Path) -> None:
     assert half.fingerprint != load_teacher(name).fingerprint
 
 
+def test_a_cast_on_loading_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    name = save(tmp_path / "half", build("gpt2").to(torch.bfloat16))
+    with caplog.at_level(logging.INFO, logger="cleangpt.teacher"):
+        load_teacher(name, dtype=torch.bfloat16)
+        assert caplog.messages == []
+        load_teacher(name)
+    assert caplog.messages == ["teacher stored in bfloat16, computing in float32"]
+
+
 def test_pytorch_bin_weights_load(tmp_path: Path) -> None:
     folder = tmp_path / "bin"
     name = save(folder, build("llama"))
     model = load_teacher(name).model
     (folder / "model.safetensors").unlink()
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
-    assert load_teacher(name).fingerprint == fingerprint_of(model)
+    assert load_teacher(name).fingerprint == tensors_fingerprint(model.named_parameters())
 
 
 def test_fingerprint_sees_values_and_names() -> None:
+    def fingerprint(module: torch.nn.Module) -> str:
+        return tensors_fingerprint(module.named_parameters())
+
     one, two = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
     two.load_state_dict(one.state_dict())
-    assert fingerprint_of(one) == fingerprint_of(two)
+    assert fingerprint(one) == fingerprint(two)
     with torch.no_grad():
         two.weight[0, 0] += 1e-6
-    assert fingerprint_of(one) != fingerprint_of(two)
-    assert fingerprint_of(torch.nn.Sequential(one)) != fingerprint_of(one)
+    assert fingerprint(one) != fingerprint(two)
+    assert fingerprint(torch.nn.Sequential(one)) != fingerprint(one)
 
 
 def test_loading_is_silent(gpt2_folder: str, capfd: pytest.CaptureFixture[str]) -> None:
@@ -93,12 +107,6 @@ def test_loading_leaves_the_libraries_settings(gpt2_folder: str) -> None:
     load_teacher(gpt2_folder)
     assert (log.get_verbosity(), log.is_progress_bar_enabled()) == before
     assert offline == huggingface_hub.constants.HF_HUB_OFFLINE
-
-
-def test_tokenizer_alone(gpt2_folder: str) -> None:
-    assert (
-        load_tokenizer(gpt2_folder).get_vocab() == load_teacher(gpt2_folder).tokenizer.get_vocab()
-    )
 
 
 # Packages and GGUF --------------------------------------------------------------------------------
@@ -162,13 +170,12 @@ def test_builtin_without_its_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 @pytest.mark.usefixtures("no_hub")
 def test_unreachable_hub_fails_at_once_with_both_remedies() -> None:
     started = time.monotonic()
-    for load in (load_teacher, load_tokenizer):
-        with pytest.raises(EnvironmentProblem) as caught:
-            load("owner/no-such-model", revision="v1")
-        assert "'owner/no-such-model' at revision v1" in caught.value.cause
-        assert "127.0.0.1:9" in caught.value.cause
-        assert "local path to --teacher_model_name_or_path" in caught.value.remedy
-        assert "cache" in caught.value.remedy
+    with pytest.raises(EnvironmentProblem) as caught:
+        load_teacher("owner/no-such-model", revision="v1")
+    assert "'owner/no-such-model' at revision v1" in caught.value.cause
+    assert "127.0.0.1:9" in caught.value.cause
+    assert "local path to --teacher_model_name_or_path" in caught.value.remedy
+    assert "cache" in caught.value.remedy
     assert time.monotonic() - started < 5
 
 
@@ -186,6 +193,14 @@ def test_a_silent_hub_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> No
         with pytest.raises(EnvironmentProblem):
             load_teacher("owner/no-such-model")
         assert time.monotonic() - started < 5
+
+
+def test_names_of_other_machines_are_not_looked_up_in_tests() -> None:
+    import socket
+
+    assert socket.getaddrinfo("localhost", 80)
+    with pytest.raises(AssertionError, match=r"tried to look up huggingface\.co"):
+        socket.getaddrinfo("huggingface.co", 443)
 
 
 def test_a_name_in_the_cache_needs_no_network(gpt2_folder: str, tmp_path: Path) -> None:

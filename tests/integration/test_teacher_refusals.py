@@ -77,6 +77,17 @@ def test_encoders_are_refused(tmp_path: Path) -> None:
         check_causal(both_ways)
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite(number: float, tmp_path: Path) -> None:
+    model = build("gpt2")
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight[0, 0] = number
+    error = refusal(save(tmp_path / "broken", model))
+    assert "NaN or infinite numbers in the teacher" in error.cause
+    assert "another copy" in error.remedy
+    assert "float32" in error.remedy
+
+
 def test_encoder_decoders_are_refused(tmp_path: Path) -> None:
     config = transformers.T5Config(
         vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=2

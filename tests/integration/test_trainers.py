@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cleangpt.blocks import BlockStack
 from cleangpt.errors import InputError, UsageError
 from distillation import DistillationTrainer
+from distillation.head_init import untie_lm_head
 from distillation.trainers import BackboneDistillationTrainer, HeadDistillationTrainer
 from distillation.utils import load_checkpoint
 from stitching_layers import load_stitches
@@ -218,7 +220,7 @@ def test_what_a_run_leaves_on_disk(tmp_path: Path) -> None:
     }
     assert results["student_path"] == str(run / "student_model_final_distilled.pt")
     from_file = tiny_student("Factored", seed=5)
-    from_file.untie_lm_head()
+    untie_lm_head(BlockStack(from_file))
     load_checkpoint(results["student_path"], from_file)
     from_folder = type(student).from_pretrained(run / "final")
     ids = batches(1)[0]["input_ids"]
@@ -283,3 +285,50 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_written(tmp_pa
     with pytest.raises(UsageError, match="has no length"):
         backbone_trainer(tmp_path, data=iter(batches())).train_backbone(1, 1e-3)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("how", ["without a head", "backbone alone", "interrupted"])
+def test_kept_states_are_freed_and_progress_starts_anew(tmp_path: Path, how: str) -> None:
+    trainer = DistillationTrainer(
+        tiny_teacher(), tiny_student(), None, batches(), output_dir=tmp_path / "run"
+    )
+    backbone = trainer.backbone_trainer
+    if how == "without a head":
+        trainer.train(1, 1e-3, train_lm_head=False)
+    elif how == "backbone alone":
+        backbone.train_backbone(1, 1e-3)
+    else:
+        calls = 0
+
+        def interrupt(a: Tensor, b: Tensor) -> Tensor:
+            nonlocal calls
+            calls += 1
+            if calls > 5:
+                raise KeyboardInterrupt
+            return (a - b).square().mean()
+
+        backbone.hidden_state_loss_fn = interrupt
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train(1, 1e-3)
+    assert backbone.activations.bytes_kept == 0
+
+
+def test_a_perfect_student_is_not_called_diverged(tmp_path: Path) -> None:
+    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    trainer = DistillationTrainer(
+        tiny_teacher(), tiny_teacher(**no_dropout), None, batches(), output_dir=tmp_path / "run"
+    )
+    rows = trainer.train(1, 1e-4)["blocks"]
+    assert [row["verdict"] for row in rows] == ["very close"] * 3
+
+
+def test_a_run_without_training_still_leaves_valid_json(tmp_path: Path) -> None:
+    trainer = DistillationTrainer(
+        tiny_teacher(), tiny_student(), None, batches(), output_dir=tmp_path / "run"
+    )
+    results = trainer.train(0, 1e-3, lm_head_epochs=0)
+    text = (tmp_path / "run" / "manifest.json").read_text()
+    assert "NaN" not in text
+    assert json.loads(text)["stages"][0]["verdict"] == "not trained"
+    assert results["head_loss"] is None
+    assert load_checkpoint(results["student_path"])["metadata"]["backbone_losses"] == [None, None]

@@ -117,10 +117,13 @@ def test_non_finite_losses_are_skipped_counted_and_finally_stop(
 
     stopping = backbone_trainer(tmp_path / "b", tiny_student(n_layer=1), max_nonfinite_in_a_row=3)
     stopping.hidden_state_loss_fn = lambda s, t: good(s, t) * math.inf
-    with pytest.raises(NonFiniteError, match=r"block-00, step 3, the 3th batch in a row") as error:
+    with pytest.raises(
+        NonFiniteError,
+        match=r"block-00, step 3: 3 batches in a row; the last finite loss was nan",
+    ) as error:
         stopping.train_backbone(1, 1e-3)
     assert error.value.exit_code == 6
-    assert "learning rate" in error.value.remedy
+    assert "max_grad_norm_per_block" in error.value.remedy
 
 
 def test_a_nan_gradient_does_not_reach_the_weights(
@@ -141,12 +144,15 @@ def test_a_nan_gradient_does_not_reach_the_weights(
     assert "Gradient norm is nan. Skipping batch." in caplog.text
 
 
-def test_a_batch_without_valid_positions_is_skipped_and_counted(tmp_path: Path) -> None:
+def test_a_batch_without_valid_positions_is_skipped_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     empty = batches(1)[0]
     empty["attention_mask"] = torch.zeros_like(empty["attention_mask"])
     trainer = backbone_trainer(tmp_path, tiny_student(n_layer=1), [batches(1)[0], empty])
     row = trainer.train_backbone(1, 1e-3)["blocks"][0]
     assert (row["steps"], row["skipped"]) == (1, 1)
+    assert "block-00, step 2: no valid position. Skipping batch." in caplog.text
 
 
 @pytest.mark.parametrize("form", ["tensor", "tuple", "mapping", "dataset"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from cleangpt.errors import CheckpointError, InputError
+from cleangpt.errors import CheckpointError, EnvironmentProblem, InputError
 from distillation.utils import load_checkpoint, save_checkpoint
 from tests.builders import tiny_student
 
@@ -97,3 +97,13 @@ def test_missing_foreign_and_newer_files(tmp_path: Path) -> None:
     torch.save(newer, tmp_path / "newer.pt")
     with pytest.raises(CheckpointError, match=r"format version 99.*up to 1"):
         load_checkpoint(tmp_path / "newer.pt")
+    for metadata in ("not json", "[]", "{"):
+        torch.save({"model_state_dict": {}, "metadata": metadata}, tmp_path / "bad.pt")
+        with pytest.raises(CheckpointError, match="not a checkpoint of this library"):
+            load_checkpoint(tmp_path / "bad.pt")
+
+
+def test_a_file_where_a_folder_should_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EnvironmentProblem, match="Cannot write"):
+        save_checkpoint(nn.Linear(1, 1), tmp_path / "file" / "a.pt")

@@ -16,7 +16,7 @@ from distillation.evaluation.hidden_states import (
     measure_blocks,
 )
 from distillation.evaluation.scoring_windows import Window, plan_windows, window_batches
-from stitching_layers import StitchingLayers, least_squares_stitch
+from stitching_layers import StitchingLayers
 
 IDS = torch.randint(0, 67, (130,), generator=torch.Generator().manual_seed(5)).tolist()
 
@@ -119,8 +119,21 @@ def test_least_squares_recovers_a_linear_map_with_bias() -> None:
     stitch.solve()
     scale = teacher.double().var().sqrt()
     assert ((stitch(student) - teacher).abs().max() / scale).item() < 1e-4
-    other = least_squares_stitch(student, teacher)(student)
+    with_ones = torch.cat([student, torch.ones(200, 1)], dim=1).double()
+    other = with_ones @ torch.linalg.lstsq(with_ones, teacher.double()).solution
     assert ((stitch(student) - other).abs().max() / scale).item() < 1e-4
+
+
+def test_nothing_is_float64_on_the_device() -> None:
+    from tests.evaluation_samples import without_float64
+
+    own, theirs = without_float64(torch.randn(9, 4)), without_float64(torch.randn(9, 4))
+    sums, stitch = ErrorSums(), LeastSquaresStitch()
+    sums.add(own, theirs)
+    stitch.add(own, theirs)
+    stitch.solve()
+    assert stitch(own).dtype == torch.float64
+    assert sums.num_positions == 9
 
 
 def test_a_deeper_student_is_left_out_with_a_note() -> None:

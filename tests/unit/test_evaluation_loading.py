@@ -65,10 +65,9 @@ def test_another_type_than_saved_is_a_usage_error(made: Path, place: str) -> Non
         load_model(str(made / "run" / place), model_type="SASP")
 
 
-def test_a_registered_subclass_loads_as_itself(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import model
+@pytest.fixture
+def mine(tmp_path: Path) -> Any:
+    """A user's own class, and where it is saved: ``run/final`` and a checkpoint beside it."""
     from distillation.utils.checkpoint import save_checkpoint
     from tests.evaluation_samples import student
 
@@ -76,9 +75,43 @@ def test_a_registered_subclass_loads_as_itself(
         pass
 
     own = Mine(student("Vanilla").config)
-    save_checkpoint(own, tmp_path / "mine.pt")
-    monkeypatch.setitem(model.STUDENTS, "Mine", Mine)
-    assert isinstance(load_model(str(tmp_path / "mine.pt")).model, Mine)
+    own.save_pretrained(tmp_path / "run" / "final")
+    save_checkpoint(own, tmp_path / "run" / CHECKPOINT)
+    return Mine
+
+
+PLACES = pytest.mark.parametrize("place", ["run", f"run/{CHECKPOINT}"])
+
+
+@PLACES
+def test_a_registered_subclass_loads_as_itself(
+    mine: Any, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import model
+
+    monkeypatch.setitem(model.STUDENTS, "Own", mine)
+    assert type(load_model(str(tmp_path / place)).model) is mine
+    assert type(load_model(str(tmp_path / place), model_type="own").model) is mine
+    plain = load_model(str(tmp_path / place), model_type="Vanilla").model
+    assert type(plain) is model.STUDENTS["Vanilla"]
+
+
+@PLACES
+def test_an_unregistered_subclass_is_refused(mine: Any, place: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"class Mine, which is not") as caught:
+        load_model(str(tmp_path / place))
+    assert 'model.STUDENTS["Mine"] = Mine' in caught.value.remedy
+    assert len(str(caught.value).splitlines()) == 2
+    plain = load_model(str(tmp_path / place), model_type="Vanilla").model
+    assert type(plain) is mine.__mro__[1]
+
+
+def test_a_folder_that_names_no_class_loads_by_its_type(run: Path) -> None:
+    path = run / "final" / "config.json"
+    config = json.loads(path.read_text())
+    del config["architectures"]
+    path.write_text(json.dumps(config))
+    assert load_model(str(run)).name == "Factored"
 
 
 def test_a_half_trained_checkpoint_is_labelled(tmp_path: Path) -> None:

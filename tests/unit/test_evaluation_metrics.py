@@ -10,7 +10,6 @@ from torch.nn import functional as F
 from cleangpt.blocks import BlockStack
 from distillation.evaluation.metrics import (
     TokenSums,
-    kl_per_position,
     quality_from_sums,
     score_models,
 )
@@ -100,12 +99,30 @@ def test_the_teacher_is_a_perfect_student(models: Any, ids: list[int]) -> None:
 
 
 def test_kl_is_the_definition_and_not_negative() -> None:
-    own, theirs = torch.randn(9, 5), torch.randn(9, 5)
+    own, theirs = torch.randn(300, 5), torch.randn(300, 5)  # more than one chunk
     p = theirs.softmax(-1)
-    expected = (p * (p.log() - own.softmax(-1).log())).sum(-1)
-    found = kl_per_position(own, theirs)
-    assert torch.allclose(found, expected, atol=1e-6)
-    assert (found >= 0).all()
+    expected = (p * (p.log() - own.softmax(-1).log())).sum().item()
+    sums = TokenSums()
+    sums.add(own, theirs, torch.zeros(300, dtype=torch.long))
+    assert sums.kl == pytest.approx(expected, rel=1e-5)
+    for row in range(9):
+        sums = TokenSums()
+        sums.add(own[row : row + 1], theirs[row : row + 1], torch.zeros(1, dtype=torch.long))
+        assert sums.kl >= 0
+
+
+def test_nothing_is_float64_on_the_device() -> None:
+    from tests.evaluation_samples import without_float64
+
+    logits = torch.randn(6, 5)
+    sums, expected = TokenSums(), TokenSums()
+    expected.add(logits, logits.flip(0), torch.arange(5).repeat(2)[:6])
+    sums.add(
+        without_float64(logits),
+        without_float64(logits.flip(0)),
+        without_float64(torch.arange(5).repeat(2)[:6]),
+    )
+    assert sums == expected
 
 
 def test_padded_vocabulary_rows_are_left_out_of_the_divergence() -> None:

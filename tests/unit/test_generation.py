@@ -11,7 +11,6 @@ from cleangpt.generation import (
     encode_prompt,
     fit_prompt,
     generate_ids,
-    generate_texts,
 )
 
 
@@ -82,14 +81,13 @@ def test_a_long_prompt_and_many_tokens_stay_within_the_context(
     teacher: Any, tokenizer: Any
 ) -> None:
     settings = GenerationSettings(max_new_tokens=500)
-    texts = generate_texts(teacher, tokenizer, ["x" * 200], settings, context_length=32)
-    assert len(texts) == 1
+    prompt = fit_prompt(encode_prompt(tokenizer, "x" * 200), 32, settings.max_new_tokens)
+    assert len(generate_ids(teacher, prompt, settings, context_length=32)) == 31
 
 
 def test_an_empty_prompt_starts_from_the_end_token(teacher: Any, tokenizer: Any) -> None:
     assert encode_prompt(tokenizer, "") == [256]
-    texts = generate_texts(teacher, tokenizer, [""], GenerationSettings(max_new_tokens=4))
-    assert isinstance(texts[0], str)
+    assert len(generate_ids(teacher, [256], GenerationSettings(max_new_tokens=4))) == 4
 
 
 def test_a_full_context_gives_nothing(teacher: Any) -> None:
@@ -100,6 +98,6 @@ def test_a_full_context_gives_nothing(teacher: Any) -> None:
 def test_students_generate(kind: str, tokenizer: Any) -> None:
     from tests.evaluation_samples import student
 
+    prompt = encode_prompt(tokenizer, "ab")
     settings = GenerationSettings(max_new_tokens=4)
-    texts = generate_texts(student(kind), tokenizer, ["ab", "c"], settings, context_length=32)
-    assert len(texts) == 2
+    assert len(generate_ids(student(kind), prompt, settings, context_length=32)) == 4

@@ -43,6 +43,26 @@ def test_an_earlier_run_is_only_replaced_on_request(tmp_path: Path) -> None:
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+def test_files_of_no_run_of_ours_are_never_deleted(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "cat.png").write_text("mine")
+    (tmp_path / "manifest.json").write_text('{"name": "a web app"}')
+    with (
+        pytest.raises(UsageError, match=r"holds manifest.json, pictures, but no manifest of a run"),
+        RunDirectory(tmp_path).opened({}, overwrite=True),
+    ):
+        pass
+    assert (tmp_path / "pictures" / "cat.png").read_text() == "mine"
+
+
+def test_room_is_checked_without_writing(tmp_path: Path) -> None:
+    RunDirectory(tmp_path / "new" / "run").check_room(overwrite=False)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EnvironmentProblem, match="is not a writable directory"):
+        RunDirectory(tmp_path / "file" / "run").check_room(overwrite=False)
+
+
 def test_opening_twice_joins_the_open_run(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     with run.opened({"seed": 1}), run.opened({"seed": 2}):

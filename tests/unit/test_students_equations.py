@@ -201,7 +201,7 @@ def test_the_published_factored_form_collapses_with_depth() -> None:
 
 
 def test_the_registry_knows_the_three_students_in_any_case() -> None:
-    assert tuple(STUDENTS) == KINDS
+    assert set(STUDENTS) >= {"Vanilla", "Factored", "SASP"}
     assert get_model_class("sasp") is get_model_class("SASP") is STUDENTS["SASP"]
     assert all(issubclass(student, StudentModel) for student in STUDENTS.values())
     with pytest.raises(ValueError, match=r"Unsupported student model type: GRU\n.*Factored, SASP"):

@@ -11,6 +11,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from cleangpt.blocks import BlockStack
+from distillation.head_init import untie_lm_head
 from model import FactoredConfig, StudentModel, VanillaTransformerModelDistillation
 from tests.reference_students import KINDS, noisy_student, tokens
 
@@ -26,7 +28,7 @@ def test_a_saved_student_is_the_same_student(kind: str, untied: bool, tmp_path: 
     options = {"bias": True, "use_v": True, "use_channel_factor_proj": True, "padding_idx": 2}
     student, ids = noisy_student(kind, output_hidden_states=True, **options), tokens(2, 6)
     if untied:
-        student.untie_lm_head()
+        untie_lm_head(BlockStack(student))
         with torch.no_grad():
             student.lm_head.weight.mul_(1.5)
     student.save_pretrained(tmp_path)
@@ -37,6 +39,7 @@ def test_a_saved_student_is_the_same_student(kind: str, untied: bool, tmp_path: 
         assert torch.equal(loaded(ids).logits, student(ids).logits)
         assert loaded.get_num_params() == student.get_num_params()
         assert (loaded.lm_head.weight is loaded.wte.weight) is not untied
+        assert loaded.all_tied_weights_keys == student.all_tied_weights_keys
         assert loaded.config.to_diff_dict() == student.config.to_diff_dict()
         assert loaded.generation_config.pad_token_id == 2
         assert loaded.generate(ids, max_new_tokens=2, do_sample=False).shape == (2, 8)

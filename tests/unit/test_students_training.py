@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model import StudentModel, build_student
+from cleangpt.blocks import BlockStack
+from distillation.head_init import untie_lm_head
+from model import StudentModel, build_student, get_model_class
 from tests.reference_students import KINDS, noisy_student, student_config, tokens
 
 
@@ -111,20 +113,31 @@ def test_untying_gives_the_head_its_own_weight(kind: str) -> None:
     student, ids = noisy_student(kind), tokens(1, 5)
     tied_size, expected = student.get_num_params(), student(ids).logits
     assert student.lm_head.weight is student.wte.weight
-    student.untie_lm_head()
+    assert untie_lm_head(BlockStack(student))
     assert torch.equal(student(ids).logits, expected)
+    assert student.all_tied_weights_keys == student.get_expanded_tied_weights_keys() == {}
     assert student.get_num_params() == tied_size + student.wte.weight.numel()
     own = student.lm_head.weight
-    student.untie_lm_head()
+    assert not untie_lm_head(BlockStack(student))
     assert student.lm_head.weight is own, "a head that has learned is not overwritten"
     student.tie_weights()
     assert student.lm_head.weight is own, "HuggingFace re-ties whenever it likes"
     with torch.no_grad():
         own.zero_()
     assert student.wte.weight.abs().sum() > 0
-    student.tie_lm_head()
-    assert student.lm_head.weight is student.wte.weight
-    assert torch.equal(student(ids).logits, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_students_of_one_configuration_do_not_share_it(kind: str) -> None:
+    build = get_model_class(kind)
+    config = build.config_class.from_fields(student_config(kind))
+    before = config.to_dict()
+    one, other = build(config), build(config)
+    untie_lm_head(BlockStack(one))
+    assert not one.config.tie_word_embeddings
+    assert other.config.tie_word_embeddings
+    assert config.to_dict() == before
+    assert one.blocks[0].config is one.config, "a student's parts read its own"
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cleangpt.data.local_files import cut_into_documents
-from cleangpt.data.text_sources import cut_splits, fingerprint_of, load_texts, split_of_file
+from cleangpt.data.text_sources import cut_splits, load_texts, split_of_file, texts_fingerprint
 from cleangpt.errors import InputError, UsageError
 
 STORIES = [f"story number {index}, with a few words" for index in range(40)]
@@ -165,7 +165,7 @@ def test_one_file_is_cut_the_same_way_each_time(tmp_path: Path) -> None:
         "validation 3" in sources["train"].notes[-1] or "test 3" in sources["train"].notes[-1]
     )
     assert load_texts(str(path)) == sources["train"]
-    assert sources["train"].fingerprint == fingerprint_of(sources["train"].texts)
+    assert sources["train"].fingerprint == texts_fingerprint(sources["train"].texts)
     assert len({source.fingerprint for source in sources.values()}) == 3
 
 
@@ -194,6 +194,19 @@ def test_max_samples_counts_documents(folder: Path, tmp_path: Path) -> None:
     assert load_texts(str(path), max_samples=5).texts == load_texts(str(path)).texts[:5]
     with pytest.raises(UsageError, match=r"max_samples is -1.\n.*--max_samples"):
         load_texts(str(folder), max_samples=-1)
+
+
+def test_the_first_builtin_documents_are_a_fair_sample() -> None:
+    from cleangpt.builtin.corpus import builtin_documents
+
+    kinds = {document.text: document.name.split("/")[0] for document in builtin_documents()}
+    first = load_texts("builtin", max_samples=50).texts
+    assert {kinds[text] for text in first} == {"library", "topics"}
+    everything = load_texts("builtin").texts
+    assert first == everything[:50]
+    assert sorted(everything) == sorted(
+        document.text for document in builtin_documents() if document.split == "train"
+    )
 
 
 # Columns ------------------------------------------------------------------------------------------

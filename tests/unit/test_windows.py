@@ -108,7 +108,7 @@ def test_block_size_must_be_positive(tokenizer: PreTrainedTokenizerFast) -> None
         ({"eos_token": "<end>"}, 256),
         ({"eos_token": "<end>", "pad_token": "<end>"}, 256),
         ({"eos_token": "<end>", "pad_token": "<start>"}, 257),
-        ({}, 0),
+        ({"pad_token": "<start>"}, 257),
     ],
 )
 def test_collator_pads_right_and_masks_by_length(special: dict[str, str], padding: int) -> None:
@@ -119,6 +119,24 @@ def test_collator_pads_right_and_masks_by_length(special: dict[str, str], paddin
     assert batch["input_ids"].tolist() == [[padding, 7, padding, padding], [1, 2, 3, padding]]
     assert batch["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
     assert {value.dtype for value in batch.values()} == {torch.int64}
+
+
+def test_what_pads_instead_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="cleangpt.data.windows"):
+        DistillationDataCollator(make_tokenizer(eos_token="<end>", pad_token="<start>"), 4)
+        assert caplog.messages == []
+        collator = DistillationDataCollator(make_tokenizer(eos_token="<end>"), 4)
+        collator([{"input_ids": [1]}])
+        collator([{"input_ids": [1]}])
+    assert caplog.messages == [
+        "the tokenizer has no padding token; padding with its eos '<end>' (id 256), which the "
+        "attention mask hides"
+    ]
+
+
+def test_nothing_to_pad_with_is_refused() -> None:
+    with pytest.raises(InputError, match=r"neither a padding token nor.*\n.*tokenizer\.pad_token"):
+        DistillationDataCollator(make_tokenizer(), 4)
 
 
 def test_the_tutorials_loader(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -1,0 +1,217 @@
+"""The optimizer steps of one stage.
+
+Per step: count valid positions over the micro-batches, weigh each loss by its share of the count,
+backward, clip, check that loss and norm are finite, and only then step. So accumulation, padding
+and ragged batches change neither loss nor gradient.
+"""
+
+import hashlib
+import logging
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from cleangpt.errors import NonFiniteError
+from cleangpt.metrics_log import RunProgress
+from cleangpt.run_directory import RunDirectory
+from cleangpt.runtime.device import seed_generators
+from cleangpt.schedules import learning_rate_factor
+from distillation.batch import Batch
+from distillation.config import DistillationConfig, StageSettings
+from distillation.stages import Stage
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class StageResult:
+    """What one stage did.
+
+    Args:
+        name: The stage's name.
+        epoch_losses: Mean loss of each epoch, over valid positions.
+        first_loss: Loss of the first step that was taken; NaN if none was.
+        steps: Optimizer steps taken.
+        skipped: Batches skipped: a loss or gradient was not finite, or no position was valid.
+        tokens: Valid positions seen.
+        seconds: Wall time.
+        summary: What the stage itself measured.
+    """
+
+    name: str
+    epoch_losses: list[float] = field(default_factory=list)
+    first_loss: float = math.nan
+    steps: int = 0
+    skipped: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    summary: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def last_loss(self) -> float:
+        """Mean loss of the last epoch; NaN if nothing was trained."""
+        return self.epoch_losses[-1] if self.epoch_losses else math.nan
+
+    @property
+    def best_loss(self) -> float:
+        """Lowest epoch mean; NaN if nothing was trained."""
+        finite = [loss for loss in self.epoch_losses if math.isfinite(loss)]
+        return min(finite, default=math.nan)
+
+
+class StageLoop:
+    """The optimizer steps of one stage."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        config: DistillationConfig,
+        settings: StageSettings,
+        optimizer: Any,
+        parameters: list[nn.Parameter],
+        total_steps: int,
+    ) -> None:
+        self.stage = stage
+        self.config = config
+        self.device = next(iter(parameters)).device
+        self.settings = settings
+        self.optimizer = optimizer
+        self.parameters = parameters
+        self.total_steps = total_steps
+        self.result = StageResult(stage.name)
+        self.step_index = 0
+        self._nonfinite_in_a_row = 0
+        self._last_loss = self._last_norm = math.nan
+        self._logged_at, self._logged_tokens = time.perf_counter(), 0
+        self.start_epoch()
+
+    def start_epoch(self) -> None:
+        """Begin a new epoch mean."""
+        self._loss_sum, self._positions = 0.0, 0
+
+    def end_epoch(self, run: RunDirectory, epoch: int) -> None:
+        """Close the epoch's mean and write it down."""
+        mean = self._loss_sum / self._positions if self._positions else math.nan
+        self.result.epoch_losses.append(mean)
+        run.metrics.write("epoch", stage=self.stage.name, epoch=epoch, loss=mean)
+
+    def step(self, micro_batches: list[Batch]) -> None:
+        """One optimizer step: count, backward, clip, check, step."""
+        seed = derived_seed(self.config.seed, self.stage.name, self.step_index)
+        seed_generators(seed, self.device)
+        factor = learning_rate_factor(
+            self.step_index,
+            self.total_steps,
+            schedule=self.config.lr_schedule,
+            warmup_ratio=self.config.warmup_ratio,
+            min_lr_ratio=self.config.min_lr_ratio,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.lr * factor
+        self.step_index += 1
+        counts = [batch.count() for batch in micro_batches]
+        if sum(counts) == 0:
+            where = (self.stage.name, self.step_index)
+            logger.warning("%s, step %d: no valid position. Skipping batch.", *where)
+            self.result.skipped += 1
+            return
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self._backward(micro_batches, counts)
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self._skip(loss, norm)
+            return
+        self.optimizer.step()
+        self._last_norm = norm
+        self._count(loss, sum(counts))
+
+    def log(self, run: RunDirectory, progress: RunProgress) -> None:
+        """Write the newest loss and the speed since the last line."""
+        now = time.perf_counter()
+        tokens = self.result.tokens - self._logged_tokens
+        speed = tokens / max(now - self._logged_at, 1e-9)
+        self._logged_at, self._logged_tokens = now, self.result.tokens
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        run.metrics.write(
+            "step",
+            stage=self.stage.name,
+            step=self.step_index,
+            loss=self._last_loss,
+            gradient_norm=self._last_norm,
+            learning_rate=learning_rate,
+            tokens_per_second=speed,
+        )
+        progress.show(self.step_index, self._last_loss, speed)
+
+    def _backward(self, micro_batches: list[Batch], counts: list[int]) -> float:
+        """Add up gradients; each mean loss weighs as its share of all valid positions."""
+        total = 0.0
+        for batch, count in zip(micro_batches, counts, strict=True):
+            if count == 0:
+                continue
+            loss = self.stage.loss(batch) * (count / sum(counts))
+            total += float(loss.detach())
+            if not math.isfinite(total):
+                break
+            loss.backward()
+        return total
+
+    def _count(self, loss: float, positions: int) -> None:
+        self._nonfinite_in_a_row = 0
+        self._last_loss = loss
+        self._loss_sum += loss * positions
+        self._positions += positions
+        self.result.steps += 1
+        self.result.tokens += positions
+        if self.result.steps == 1:
+            self.result.first_loss = loss
+
+    def _skip(self, loss: float, norm: float) -> None:
+        what = f"Loss is {loss}" if not math.isfinite(loss) else f"Gradient norm is {norm}"
+        logger.error(
+            "Error: %s. Skipping batch. (%s, step %d)", what, self.stage.name, self.step_index
+        )
+        self.result.skipped += 1
+        self._nonfinite_in_a_row += 1
+        if self._nonfinite_in_a_row >= self.config.max_nonfinite_in_a_row:
+            raise NonFiniteError(
+                f"{what} at {self.stage.name}, step {self.step_index}:"
+                f" {self._nonfinite_in_a_row} batches in a row; the last finite loss was"
+                f" {self._last_loss:.4g}, the learning rate is now"
+                f" {self.optimizer.param_groups[0]['lr']:.3g}.",
+                "Lower the learning rate (lr_per_block, lm_head_lr) or the clipping threshold"
+                " (max_grad_norm_per_block, lm_head_max_grad_norm).",
+            )
+
+
+def parameter_groups(stage: Stage, settings: StageSettings) -> list[dict[str, Any]]:
+    """Optimizer groups: matrices get weight decay; norms, biases, gains and stitches get none."""
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in stage.trainable_parameters().items():
+        plain = parameter.ndim < 2 or name.startswith("stitch.")
+        (others if plain else decayed).append(parameter)
+    groups = [(decayed, settings.weight_decay), (others, 0.0)]
+    return [{"params": params, "weight_decay": wd} for params, wd in groups if params]
+
+
+def grouped(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
+    """Lists of ``size`` batches; the last one may be shorter."""
+    group: list[Batch] = []
+    for batch in batches:
+        group.append(batch)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def derived_seed(seed: int, *parts: object) -> int:
+    """A seed that is a pure function of the run's seed and of where the run is."""
+    text = "/".join(str(part) for part in (seed, *parts))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
