@@ -31,6 +31,13 @@ class Batch:
         """Select the valid positions."""
         return values[self.attention_mask]
 
+    def without_first(self, count: int) -> "Batch":
+        """The same tokens, with the first ``count`` valid positions of each row left out."""
+        if count == 0:
+            return self
+        late = self.attention_mask.long().cumsum(-1) > count
+        return Batch(self.input_ids, self.attention_mask & late)
+
 
 def as_batch(raw: Any, device: torch.device) -> Batch:
     """Read what a DataLoader yields: a mapping with ``input_ids``, a tensor, or several tensors.

@@ -36,6 +36,9 @@ class DistillationConfig:
         min_lr_ratio: Final learning rate as a share of the peak, in [0, 1].
         max_nonfinite_in_a_row: Consecutive batches with a NaN or infinite loss or gradient that are
             skipped before the run stops, >= 1.
+        first_hidden_position: Positions of a window before this one are left out of the
+            hidden-state loss, >= 0. Pretrained models park huge activations on the first token (Sun
+            et al. 2024, arXiv:2402.17762), which rule a raw "mse"; 1 leaves it out.
         activation_cache: Where frozen states are kept between epochs and blocks: "auto" takes up to
             half of the free memory, "ram" as much as it needs, "off" keeps none and computes them
             for every batch. Results are the same.
@@ -60,6 +63,7 @@ class DistillationConfig:
     warmup_ratio: float = 0.05
     min_lr_ratio: float = 0.1
     max_nonfinite_in_a_row: int = 10
+    first_hidden_position: int = 0
     activation_cache: str = "auto"
     log_interval: int = 50
     hidden_state_pictures: bool = False
@@ -78,6 +82,7 @@ class DistillationConfig:
             ("logit_loss_weight", not_negative(self.logit_loss_weight), "0 or more"),
             ("gradient_accumulation_steps", self.gradient_accumulation_steps >= 1, "1 or more"),
             ("warmup_ratio", 0 <= self.warmup_ratio < 1, "in [0, 1)"),
+            ("first_hidden_position", self.first_hidden_position >= 0, "0 or more"),
             ("min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "in [0, 1]"),
             ("max_nonfinite_in_a_row", self.max_nonfinite_in_a_row >= 1, "1 or more"),
             ("log_interval", self.log_interval >= 1, "1 or more"),
@@ -93,6 +98,7 @@ class LoopOptions(TypedDict, total=False):
     warmup_ratio: float
     min_lr_ratio: float
     max_nonfinite_in_a_row: int
+    first_hidden_position: int
     activation_cache: str
     hidden_state_pictures: bool
     seed: int

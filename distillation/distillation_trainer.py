@@ -54,8 +54,8 @@ class DistillationTrainer:
         keep_start: Whether to save the untrained student too, in ``start/``, for comparison.
         show_progress: Whether to draw bars; None draws them on a terminal and in a notebook.
         **options: ``gradient_accumulation_steps``, ``lr_schedule``, ``warmup_ratio``,
-            ``min_lr_ratio``, ``max_nonfinite_in_a_row``, ``activation_cache``,
-            ``hidden_state_pictures``, ``seed``: see
+            ``min_lr_ratio``, ``max_nonfinite_in_a_row``, ``first_hidden_position``,
+            ``activation_cache``, ``hidden_state_pictures``, ``seed``: see
             :class:`~distillation.config.DistillationConfig`.
 
     Raises:

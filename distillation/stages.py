@@ -41,6 +41,10 @@ class Stage(ABC):
     def loss(self, batch: Batch) -> Float[Tensor, ""]:
         """Return the mean loss over the batch's valid positions, with its graph."""
 
+    def count(self, batch: Batch) -> int:
+        """The positions the loss of a batch is a mean over."""
+        return batch.count()
+
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """The tensors the optimizer gets, each once, also when a module appears twice."""
         seen: set[int] = set()
@@ -72,6 +76,7 @@ class BlockStage(Stage):
         loss_fn: The loss on hidden states.
         stitch: The projection to the teacher's width; None compares the states as they are.
         freeze_previous: Whether the blocks before it stay fixed.
+        first_position: Earlier positions of each window are not compared.
     """
 
     def __init__(
@@ -83,6 +88,7 @@ class BlockStage(Stage):
         *,
         stitch: StitchingLayer | None,
         freeze_previous: bool,
+        first_position: int = 0,
     ) -> None:
         super().__init__(f"block-{block:02d}", activations.student)
         self.block = block
@@ -91,6 +97,7 @@ class BlockStage(Stage):
         self.loss_fn = loss_fn
         self.stitch = stitch
         self.freeze_previous = freeze_previous
+        self.first_position = first_position
         self._fit = FitStatistics()
 
     def modules(self) -> dict[str, nn.Module]:
@@ -104,11 +111,16 @@ class BlockStage(Stage):
         return found
 
     def loss(self, batch: Batch) -> Float[Tensor, ""]:
-        """Return the mean hidden-state loss over valid positions."""
+        """Return the mean hidden-state loss over the compared positions."""
         student, teacher = self.states(batch)
-        student, teacher = batch.valid(student), batch.valid(teacher)
+        compared = batch.without_first(self.first_position)
+        student, teacher = compared.valid(student), compared.valid(teacher)
         self._fit.add(student.detach(), teacher)
         return self.loss_fn(student, teacher)
+
+    def count(self, batch: Batch) -> int:
+        """The compared positions."""
+        return batch.without_first(self.first_position).count()
 
     def states(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the stitched student states and the teacher's, both [batch, seq, d_teacher]."""

@@ -19,11 +19,16 @@ RECIPES = {
     "smollm2": [
         *("--student_n_layer", "6", "--student_n_embd", "384", "--student_n_head", "6"),
         *("--max_samples", "100", "--epochs_per_block", "3", "--logit_loss_temperature", "1"),
+        # This teacher parks activations of several thousands on the first token of a window.
+        *("--first_hidden_position", "1"),
     ],
 }
 EVALUATION = {
     "builtin": ["--max_tokens", "20000", "--speed_seconds", "2", "--num_comparison_prompts", "3"],
-    "smollm2": ["--max_tokens", "8000", "--speed_seconds", "10", "--num_comparison_prompts", "3"],
+    "smollm2": [
+        *("--max_tokens", "8000", "--stride", "128"),
+        *("--speed_seconds", "5", "--num_comparison_prompts", "3"),
+    ],
 }
 
 

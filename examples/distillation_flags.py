@@ -49,6 +49,12 @@ BACKBONE_ROWS: tuple[Row, ...] = (
         f"gradient clipping{PER_BLOCK}",
     ),
     ("distill_loss_temperature", positive_float, 1.0, "temperature of the hidden kl_div"),
+    (
+        "first_hidden_position",
+        non_negative_int,
+        0,
+        "leave earlier positions of each window out of the hidden-state loss",
+    ),
 )
 HEAD_ROWS: tuple[Row, ...] = (
     ("lm_head_epochs", non_negative_int, 1, "passes over the data in the head phase"),

@@ -228,6 +228,7 @@ def _train(
         warmup_ratio=arguments.warmup_ratio,
         min_lr_ratio=arguments.min_lr_ratio,
         max_nonfinite_in_a_row=arguments.max_nonfinite_in_a_row,
+        first_hidden_position=arguments.first_hidden_position,
         activation_cache=arguments.activation_cache,
         hidden_state_pictures=arguments.hidden_state_pictures,
         seed=arguments.seed,

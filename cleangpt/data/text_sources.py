@@ -60,9 +60,6 @@ def texts_fingerprint(texts: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-fingerprint_of = texts_fingerprint  # the name that distillation.evaluation.evaluator imports
-
-
 def type_name(values: Iterable[Any]) -> str:
     """Return what a column holds: ``string``, ``int``, ``list``, ... or ``null``, or a mixture."""
     names = {

@@ -16,7 +16,7 @@ import transformers
 from torch import nn
 
 from cleangpt.blocks import BlockStack
-from cleangpt.data.text_sources import fingerprint_of
+from cleangpt.data.text_sources import texts_fingerprint
 from cleangpt.data.windows import pack_documents
 from cleangpt.errors import InputError, UsageError
 from cleangpt.generation import GenerationSettings
@@ -245,7 +245,7 @@ def _data_result(tokens: _Tokens, texts: Sequence[str], seq_len: int, stride: in
     return DataResult(
         name="",
         split="",
-        fingerprint=fingerprint_of(texts),
+        fingerprint=texts_fingerprint(texts),
         num_documents=tokens.num_documents,
         num_tokens=len(tokens.ids),
         num_bytes=tokens.num_bytes,

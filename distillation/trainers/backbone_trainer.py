@@ -177,6 +177,7 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
             self.hidden_state_loss_fn,
             stitch=None if self.stitches is None else self.stitches[block],  # type: ignore[arg-type]
             freeze_previous=self.config.freeze_previous_blocks,
+            first_position=self.config.first_hidden_position,
         )
         row = block_row(stage, self.train_stage(stage, settings))
         self.run.metrics.write("block", **row)

@@ -113,7 +113,7 @@ class StageLoop:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr * factor
         self.step_index += 1
-        counts = [batch.count() for batch in micro_batches]
+        counts = [self.stage.count(batch) for batch in micro_batches]
         if sum(counts) == 0:
             where = (self.stage.name, self.step_index)
             logger.warning("%s, step %d: no valid position. Skipping batch.", *where)

@@ -71,15 +71,16 @@ def test_the_same_command_gives_the_same_bits(place: Path, plain: Any) -> None:
         "--block_size 32",
         "--batch_size 2",
         "--epochs_per_block 2",
-        "--lr_per_block 2e-3",
+        "--lr_per_block 3e-3",
         "--weight_decay_per_block 0.9",
         "--max_grad_norm_per_block 1e-3 --lr_schedule linear",
         "--distill_loss_type kl_div",
         "--distill_loss_type kl_div --distill_loss_temperature 3",
         "--no_stitching_layers --student_n_embd 48",
         "--no_stitching_layer_bias",
+        "--first_hidden_position 1",
         "--lm_head_epochs 2",
-        "--lm_head_lr 2e-3",
+        "--lm_head_lr 3e-3",
         "--lm_head_weight_decay 0.9",
         "--lm_head_max_grad_norm 1e-4",
         "--no_train_lm_head",
@@ -106,7 +107,7 @@ def test_flags_that_only_show_in_a_combination(place: Path) -> None:
     kl = ("--distill_loss_type", "kl_div")
     warm = (*kl, "--distill_loss_temperature", "3")
     assert not equal(run(place, "kl", *kl)[0], run(place, "warm", *warm)[0])
-    per_block = run(place, "list", *two, "--lr_per_block", "1e-3,2e-3")[0]
+    per_block = run(place, "list", *two, "--lr_per_block", "2e-3,1e-3")[0]
     first_block = [name for name in frozen if name.startswith("blocks.0.")]
     assert all(torch.equal(per_block[name], frozen[name]) for name in first_block)
     assert not equal(per_block, frozen)

@@ -218,3 +218,21 @@ def test_dropout_acts_only_in_the_block_in_training(tmp_path: Path) -> None:
     assert [True, False] in modes
     assert [False, True] in modes
     assert [True, True] not in modes
+
+
+def test_first_positions_can_be_left_out_of_the_hidden_loss(tmp_path: Path) -> None:
+    """The loss of a window without its first token is the loss over the other positions."""
+    seen: list[Tensor] = []
+
+    def look(student: Tensor, teacher: Tensor) -> Tensor:
+        seen.append(teacher)
+        return (student - teacher).square().mean()
+
+    data = [padded(batches(1)[0], 3, "left")]
+    trainer = backbone_trainer(tmp_path, tiny_student(n_layer=1), data, first_hidden_position=2)
+    trainer.hidden_state_loss_fn = look
+    row = trainer.train_backbone(1, 1e-3)["blocks"][0]
+    with torch.no_grad():
+        whole = trainer.teacher.block_hidden_states(**batches(1)[0])[-1]
+    assert row["tokens"] == 4 * 10
+    torch.testing.assert_close(seen[0], whole[:, 2:].reshape(40, -1), rtol=1e-4, atol=1e-4)
