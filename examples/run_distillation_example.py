@@ -109,10 +109,21 @@ def distil(arguments: argparse.Namespace) -> tuple[dict[str, Any], "nn.Module"]:
 def build_dataloader(
     arguments: argparse.Namespace, source: "TextSource", teacher: "Teacher"
 ) -> "DataLoader[Any]":
-    """Pack the documents into windows; their order is a function of the seed and the epoch."""
+    """Pack the documents into windows; their order is a function of the seed and the epoch.
+
+    Raises:
+        InputError: If the documents do not fill one window.
+    """
     from cleangpt.data import DistillationDataCollator, TextDataset, make_dataloader
+    from cleangpt.errors import InputError
 
     dataset = TextDataset(source.texts, teacher.tokenizer, arguments.block_size)
+    if dataset.num_tokens < arguments.block_size:
+        raise InputError(
+            f"{source.name} has {dataset.num_tokens} tokens, fewer than one window of"
+            f" {arguments.block_size}.",
+            "Give it more text, raise --max_samples, or lower --block_size.",
+        )
     logger.info(
         "%d documents of %s: %s tokens in %d windows of %d",
         len(source.texts),

@@ -125,6 +125,7 @@ def _evaluate(
 ) -> "EvaluationResult":
     """Measure, and add what only the command knows: where models and text came from."""
     from distillation.evaluation.evaluator import evaluate
+    from distillation.evaluation.loading import trained_on_this_text
 
     names = _names(student, baselines)
     result = evaluate(
@@ -144,6 +145,9 @@ def _evaluate(
     data = result["data"]
     data["name"], data["split"], data["fingerprint"] = source.name, source.split, source.fingerprint
     result["notes"][:0] = [*source.notes, *student.notes]
+    if trained_on_this_text(student, source.texts, teacher.tokenizer):
+        seen = f"The student was trained on this very text ({source.name}, {source.split})"
+        result["notes"].insert(0, f"{seen}: its figures say little; evaluate on another split.")
     return result
 
 

@@ -6,7 +6,7 @@ random still produces plausible numbers.
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import model as students
+from cleangpt.data import TextDataset
 from cleangpt.errors import CheckpointError, InputError, UsageError
 from cleangpt.hub import local_path
 from cleangpt.teacher import load_teacher
@@ -326,6 +327,16 @@ def _run_notes(run_dir: Path) -> tuple[str, ...]:
     status = _read_json(path).get("status", "done") if path.is_file() else "done"
     return (
         () if status == "done" else (f"The run in {run_dir} is not done: its status is {status}.",)
+    )
+
+
+def trained_on_this_text(loaded: LoadedModel, texts: Sequence[str], tokenizer: Any) -> bool:
+    """Whether the run's manifest says that it was trained on exactly these texts."""
+    path = loaded.run_dir / "manifest.json"
+    fingerprint = _read_json(path).get("data_fingerprint") if path.is_file() else None
+    # The fingerprint is of the tokens, whatever the window length.
+    return fingerprint is not None and (
+        TextDataset(texts, tokenizer, block_size=2).fingerprint == fingerprint
     )
 
 

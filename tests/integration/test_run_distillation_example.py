@@ -139,18 +139,26 @@ def test_a_missing_column_continues_on_the_only_one_and_says_so(
         ("--logit_loss_temperature 0", 2, ["--logit_loss_temperature"]),
         ("--student_n_embbd 8", 2, ["--student_n_embbd", "--student_n_embd"]),
         ("--dataset_text_column body", 3, ["summary (string)", "text (string)"]),
+        ("--max_samples 1 --block_size 128 --dataset_name short.txt", 3, ["6 tokens", "128"]),
         ("--dataset_split dev", 3, ["dev", "train"]),
         ("--teacher_model_name_or_path ./nowhere", 3, ["./nowhere"]),
         ("--device mps", 2, ["mps", "--device cpu"]),
     ],
 )
 def test_wrong_flags_are_refused_in_two_lines(
-    place: Path, capsys: pytest.CaptureFixture[str], flags: str, code: int, words: list[str]
+    place: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    flags: str,
+    code: int,
+    words: list[str],
 ) -> None:
     from cleangpt.cli import run_command
     from examples.run_distillation_example import main
 
     out = place / "refused"
+    monkeypatch.chdir(place)
+    (place / "short.txt").write_text("hello\n")
     data = ["--teacher_model_name_or_path", str(place / "teacher")]
     data += ["--dataset_name", str(place / "stories"), "--dataset_text_column", "text"]
     assert run_command(main, [*data, *BASE, "--output_dir", str(out), *flags.split()]) == code
@@ -175,3 +183,18 @@ def test_an_earlier_run_is_not_overwritten_by_accident(
     assert run_command(main, [*data, *BASE]) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert (run_dir / "manifest.json").read_bytes() == before
+
+
+def test_evaluating_on_the_training_text_is_pointed_out(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from distillation.evaluation import evaluate_distilled_model
+
+    _, run_dir = run(place, "overlap", "--max_samples", "4")
+    flags = ["--model_path", str(run_dir), "--teacher_model_name", str(place / "teacher")]
+    flags += ["--dataset_name", str(place / "stories"), "--dataset_text_column", "text"]
+    flags += ["--max_samples", "4", "--speed_seconds", "0", "--device", "cpu"]
+    evaluate_distilled_model.main([*flags, "--dataset_split", "train"])
+    assert "was trained on this very text" in capsys.readouterr().out
+    evaluate_distilled_model.main([*flags, "--dataset_split", "validation"])
+    assert "was trained on this very text" not in capsys.readouterr().out
