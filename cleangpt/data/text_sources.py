@@ -289,6 +289,25 @@ def _load_builtin(
     return texts[: max_samples or None], column, notes
 
 
+def _local_configuration(
+    name: str, path: Path | None, config_name: str
+) -> tuple[Path | None, list[str]]:
+    """The folder inside a local folder that a configuration means, or the folder itself.
+
+    Raises:
+        UsageError: If there is no folder that could have configurations.
+    """
+    if path is None or not path.is_dir():
+        raise UsageError(
+            f"--dataset_config_name {config_name} cannot act on {name!r}: only named data sets and "
+            "folders have configurations.",
+            "Leave --dataset_config_name out.",
+        )
+    if Path(config_name).name == config_name and (path / config_name).is_dir():
+        return path / config_name, []
+    return path, [f"{name} has no folder {config_name!r}; using the whole folder"]
+
+
 def load_texts(
     name: str,
     *,
@@ -306,7 +325,8 @@ def load_texts(
     Args:
         name: ``builtin``; a ``.txt``, ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file; a
             folder of them, or one written by ``save_to_disk``; or a name for ``load_dataset``.
-        config_name: Configuration of a ``datasets`` name; local data has none.
+        config_name: Configuration of a ``datasets`` name; of a local folder, the folder inside it
+            of that name, if there is one.
         split: ``train``, ``validation`` or ``test``, or what the ``datasets`` name offers.
         text_column: The column of documents; None takes ``text``, or the only column of strings.
         max_samples: Use the first so many documents; 0 takes all.
@@ -319,15 +339,12 @@ def load_texts(
     if max_samples < 0:
         raise UsageError(f"max_samples is {max_samples}.", "Set --max_samples to 0 (all) or more.")
     path = None if name == "builtin" else local_path(name, flag=_FLAG, suffixes=SUFFIXES)
+    said: list[str] = []
+    if config_name is not None and (name == "builtin" or path is not None):
+        path, said = _local_configuration(name, path, config_name)
     is_saved = path is not None and any(
         (path / each).is_file() for each in ("dataset_dict.json", "state.json")
     )
-    if config_name is not None and (name == "builtin" or path is not None):
-        raise UsageError(
-            f"--dataset_config_name {config_name} cannot act on {name!r}: only named data sets "
-            "have configurations.",
-            "Leave --dataset_config_name out.",
-        )
     if name == "builtin":
         texts, column, notes = _load_builtin(split, text_column, max_samples)
     elif path is not None and not is_saved:
@@ -338,4 +355,4 @@ def load_texts(
         texts, column, notes = load_named(name, path, config_name, split, text_column, max_samples)
     if not texts:
         raise _no_rows(name, split)
-    return TextSource(texts, name, split, column, texts_fingerprint(texts), tuple(notes))
+    return TextSource(texts, name, split, column, texts_fingerprint(texts), (*said, *notes))

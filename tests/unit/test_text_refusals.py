@@ -55,8 +55,9 @@ def test_a_typo_in_a_path_names_the_neighbour(tmp_path: Path) -> None:
             load_texts(name)
 
 
-def test_configuration_of_local_data_is_refused(tmp_path: Path) -> None:
-    for name in ("builtin", str(tmp_path)):
+def test_configuration_of_what_has_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "stories.txt").write_text("x")
+    for name in ("builtin", str(tmp_path / "stories.txt")):
         with pytest.raises(UsageError, match=r"--dataset_config_name raw cannot act"):
             load_texts(name, config_name="raw")
 

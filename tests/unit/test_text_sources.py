@@ -277,3 +277,15 @@ def test_a_saved_data_set(tmp_path: Path) -> None:
     (tmp_path / "parts" / "dataset_dict.json").write_text("{")
     with pytest.raises(InputError, match="cannot be read"):
         load_texts(str(tmp_path / "parts"))
+
+
+def test_a_configuration_of_a_local_folder_is_a_folder_inside(tmp_path: Path) -> None:
+    for place, word in ((tmp_path, "outer"), (tmp_path / "raw-v1", "inner")):
+        place.mkdir(exist_ok=True)
+        lines = "".join(f'{{"text": "{word} {i}"}}\n' for i in range(4))
+        (place / "train.jsonl").write_text(lines)
+    inner = load_texts(str(tmp_path), config_name="raw-v1")
+    assert {text.split()[0] for text in inner.texts} == {"inner"}
+    outer = load_texts(str(tmp_path), config_name="raw-v2")
+    assert {text.split()[0] for text in outer.texts} == {"inner", "outer"}
+    assert "no folder 'raw-v2'" in outer.notes[0]
