@@ -1,0 +1,65 @@
+"""Settings survive JSON, and their flags parse back to the same values."""
+
+import dataclasses
+import json
+from typing import Any
+
+from hypothesis import given, settings, strategies as st
+
+from distillation.config import CACHES, DistillationConfig
+from examples.distillation_flags import build_parser
+
+SETTINGS = settings(max_examples=25, deadline=None)
+rates = st.floats(0.0, 0.99)
+temperatures = st.floats(0.01, 100.0)
+FIELDS: dict[str, st.SearchStrategy[Any]] = {
+    "distill_loss_type": st.sampled_from(["mse", "kl_div"]),
+    "distill_loss_temperature": temperatures,
+    "use_stitching_layers": st.booleans(),
+    "stitching_layer_bias": st.booleans(),
+    "freeze_previous_blocks": st.booleans(),
+    "logit_loss_type": st.sampled_from(["mse", "kl_div", "ce"]),
+    "logit_loss_temperature": temperatures,
+    "logit_loss_weight": st.floats(0.0, 100.0),
+    "gradient_accumulation_steps": st.integers(1, 64),
+    "lr_schedule": st.sampled_from(["constant", "cosine", "linear"]),
+    "warmup_ratio": rates,
+    "min_lr_ratio": rates,
+    "max_nonfinite_in_a_row": st.integers(1, 99),
+    "first_hidden_position": st.integers(0, 9),
+    "activation_cache": st.sampled_from(CACHES),
+    "log_interval": st.integers(1, 999),
+    "hidden_state_pictures": st.booleans(),
+    "seed": st.integers(0, 2**31),
+}
+NEGATIVES = {
+    "use_stitching_layers": "no_stitching_layers",
+    "stitching_layer_bias": "no_stitching_layer_bias",
+    "freeze_previous_blocks": "no_freeze_previous_blocks",
+}
+
+
+def test_every_setting_is_covered() -> None:
+    assert set(FIELDS) == {field.name for field in dataclasses.fields(DistillationConfig)}
+
+
+@SETTINGS
+@given(values=st.fixed_dictionaries(FIELDS))
+def test_json_round_trip(values: dict[str, Any]) -> None:
+    config = DistillationConfig(**values)
+    assert DistillationConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
+
+
+@SETTINGS
+@given(values=st.fixed_dictionaries(FIELDS))
+def test_flags_parse_back(values: dict[str, Any]) -> None:
+    flags: list[str] = []
+    for name, value in values.items():
+        if value is False:
+            flags += [f"--{NEGATIVES[name]}"] if name in NEGATIVES else []
+        elif value is True:
+            flags.append(f"--{name}")
+        else:
+            flags += [f"--{name}", repr(value).strip("'")]
+    parsed = build_parser().parse_args(flags)
+    assert {name: getattr(parsed, name) for name in values} == values
