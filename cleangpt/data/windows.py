@@ -10,6 +10,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from cleangpt.data.overlap import overlap_sketch
 from cleangpt.errors import InputError, UsageError
 
 logger = logging.getLogger(__name__)
@@ -151,6 +153,11 @@ class TextDataset(Dataset[dict[str, Tensor]]):
                 block_size,
             )
         self.fingerprint = hashlib.sha256(self.tokens.numpy().astype("<i8").tobytes()).hexdigest()
+
+    @cached_property
+    def sketch(self) -> list[int]:
+        """What tells later whether another text overlaps this one; see ``overlap``."""
+        return overlap_sketch(self.tokens)
 
     @property
     def windows(self) -> tuple[Tensor, ...]:

@@ -125,7 +125,7 @@ def _evaluate(
 ) -> "EvaluationResult":
     """Measure, and add what only the command knows: where models and text came from."""
     from distillation.evaluation.evaluator import evaluate
-    from distillation.evaluation.loading import trained_on_this_text
+    from distillation.evaluation.loading import share_trained_on
 
     names = _names(student, baselines)
     result = evaluate(
@@ -145,10 +145,16 @@ def _evaluate(
     data = result["data"]
     data["name"], data["split"], data["fingerprint"] = source.name, source.split, source.fingerprint
     result["notes"][:0] = [*source.notes, *student.notes]
-    if trained_on_this_text(student, source.texts, teacher.tokenizer):
-        seen = f"The student was trained on this very text ({source.name}, {source.split})"
-        result["notes"].insert(0, f"{seen}: its figures say little; evaluate on another split.")
+    share = share_trained_on(student, source.texts, teacher.tokenizer)
+    if share >= OVERLAP_WORTH_A_WARNING:
+        text = f"this text ({source.name}, {source.split})"
+        seen = f"The student was trained on {share:.0%} of {text}: its figures say little;"
+        result["notes"].insert(0, f"{seen} evaluate on another split.")
     return result
+
+
+OVERLAP_WORTH_A_WARNING = 0.02
+"""Quotations and boilerplate stay below it; a shared document does not."""
 
 
 def build_parser() -> CommandParser:

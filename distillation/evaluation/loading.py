@@ -17,6 +17,7 @@ from torch import nn
 
 import model as students
 from cleangpt.data import TextDataset
+from cleangpt.data.overlap import contained_share
 from cleangpt.errors import CheckpointError, InputError, UsageError
 from cleangpt.hub import local_path
 from cleangpt.teacher import load_teacher
@@ -330,14 +331,16 @@ def _run_notes(run_dir: Path) -> tuple[str, ...]:
     )
 
 
-def trained_on_this_text(loaded: LoadedModel, texts: Sequence[str], tokenizer: Any) -> bool:
-    """Whether the run's manifest says that it was trained on exactly these texts."""
+def share_trained_on(loaded: LoadedModel, texts: Sequence[str], tokenizer: Any) -> float:
+    """Estimate the share of ``texts`` the run trained on, by its manifest; 0.0 if it says nothing.
+
+    See :mod:`cleangpt.data.overlap`.
+    """
     path = loaded.run_dir / "manifest.json"
-    fingerprint = _read_json(path).get("data_fingerprint") if path.is_file() else None
-    # The fingerprint is of the tokens, whatever the window length.
-    return fingerprint is not None and (
-        TextDataset(texts, tokenizer, block_size=2).fingerprint == fingerprint
-    )
+    sketch = _read_json(path).get("data_sketch") if path.is_file() else None
+    if not sketch:
+        return 0.0
+    return contained_share(TextDataset(texts, tokenizer, block_size=2).tokens, sketch)
 
 
 def check_same_vocabulary(loaded: LoadedModel, teacher_tokenizer: Any) -> None:

@@ -85,14 +85,14 @@ class BaseDistillationTrainer:
 
     def about_run(self) -> dict[str, Any]:
         """What the manifest says of this run."""
+        dataset = getattr(self.train_dataloader, "dataset", None)
         return {
             "seed": self.config.seed,
             "device": str(self.device),
             "torch_version": torch.__version__,
             "torch_threads": torch.get_num_threads(),
-            "data_fingerprint": getattr(
-                getattr(self.train_dataloader, "dataset", None), "fingerprint", None
-            ),
+            "data_fingerprint": getattr(dataset, "fingerprint", None),
+            "data_sketch": getattr(dataset, "sketch", None),
             "teacher": {
                 "class": type(self.teacher_model).__name__,
                 "fingerprint": tensors_fingerprint(self.teacher_model.state_dict().items()),

@@ -186,15 +186,17 @@ def test_an_earlier_run_is_not_overwritten_by_accident(
 
 
 def test_evaluating_on_the_training_text_is_pointed_out(
-    place: Path, capsys: pytest.CaptureFixture[str]
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from distillation.evaluation import evaluate_distilled_model
 
     _, run_dir = run(place, "overlap", "--max_samples", "4")
     flags = ["--model_path", str(run_dir), "--teacher_model_name", str(place / "teacher")]
-    flags += ["--dataset_name", str(place / "stories"), "--dataset_text_column", "text"]
-    flags += ["--max_samples", "4", "--speed_seconds", "0", "--device", "cpu"]
-    evaluate_distilled_model.main([*flags, "--dataset_split", "train"])
-    assert "was trained on this very text" in capsys.readouterr().out
-    evaluate_distilled_model.main([*flags, "--dataset_split", "validation"])
-    assert "was trained on this very text" not in capsys.readouterr().out
+    flags += ["--speed_seconds", "0", "--device", "cpu", "--max_samples", "4"]
+    same = ["--dataset_name", str(place / "stories"), "--dataset_text_column", "text"]
+    evaluate_distilled_model.main([*flags, *same, "--dataset_split", "train"])
+    assert "was trained on 100% of this text" in capsys.readouterr().out
+    other = tmp_path / "other.txt"
+    other.write_text("Quite another text, of which the student has never seen a line. " * 20)
+    evaluate_distilled_model.main([*flags, "--dataset_name", str(other)])
+    assert "of this text" not in capsys.readouterr().out
