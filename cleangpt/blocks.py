@@ -108,13 +108,15 @@ class BlockStack:
         """The module of block ``index``."""
         return self._blocks[index]
 
-    def hidden(self, state: State) -> HiddenStates:
+    def hidden(self, state: Float[Tensor, "*positions d_state"]) -> Float[Tensor, "*positions d"]:
         """The hidden state contained in a block's output: the same tensor for most models."""
         if isinstance(self.model, ReadsHiddenStates):
             return self.model.read_hidden_states(state)
         return state
 
-    def head_features(self, state: State) -> HiddenStates:
+    def head_features(
+        self, state: Float[Tensor, "*positions d_state"]
+    ) -> Float[Tensor, "*positions d"]:
         """What the head reads: the final norm of the hidden state."""
         features: Tensor = self.final_norm(self.hidden(state))
         return features
@@ -302,10 +304,10 @@ class BlockStack:
 
         hook = self.block(0).register_forward_hook(look)
         with torch.no_grad():
-            self._forward_until_stopped(self._probe_ids(), None, [hook])
+            self._forward_until_stopped(self.probe_ids(), None, [hook])
         return seen[0]
 
-    def _probe_ids(self) -> Tensor:
+    def probe_ids(self) -> Tensor:
         """Two token ids, enough to watch a forward pass."""
         return torch.zeros((1, 2), dtype=torch.long, device=self.device)
 
@@ -329,7 +331,7 @@ class BlockStack:
         handles.append(self.lm_head.register_forward_hook(record_head))
         try:
             with torch.no_grad():
-                self.model(**self._arguments(self._probe_ids(), None))
+                self.model(**self._arguments(self.probe_ids(), None))
         finally:
             for handle in handles:
                 handle.remove()

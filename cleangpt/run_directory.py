@@ -36,6 +36,7 @@ RUN_FILES = (
     "final",
     "start",
     "pictures",
+    "activations",
     "evaluation",
 )
 """What a run may write into its directory, and all that ``overwrite`` ever deletes."""

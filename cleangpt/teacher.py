@@ -189,6 +189,17 @@ def _read_all(source: TeacherSource, dtype: torch.dtype) -> tuple[PreTrainedMode
     return _read_model(source, config, dtype), tokenizer
 
 
+def _read_outline(source: TeacherSource, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
+    config = _read_config(source)
+    _check_architecture(config, source)
+    tokenizer = _read_tokenizer(source)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=source.trust_remote_code
+        )
+    return model, tokenizer
+
+
 def _load(source: TeacherSource, read: Callable[[TeacherSource], T]) -> T:
     """Read from disk or the local cache with the network shut off; from the hub only if need be."""
     try:
@@ -304,3 +315,17 @@ def load_teacher(
     check_causal(model)
     fingerprint = tensors_fingerprint(model.named_parameters())
     return Teacher(model, tokenizer, name, source.label, fingerprint)
+
+
+def load_teacher_outline(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Teacher:
+    """Return a teacher without its weights, for questions that its shape answers.
+
+    Its parameters lie on PyTorch's "meta" device; nothing but configuration and tokenizer is read.
+    The arguments and errors are those of :func:`load_teacher`.
+    """
+    source = find_teacher(name, revision, trust_remote_code)
+    model, tokenizer = _load(source, lambda found: _read_outline(found, torch.float32))
+    check_same_vocabulary(tokenizer, model)
+    return Teacher(model.eval().requires_grad_(False), tokenizer, name, source.label, "")

@@ -3,32 +3,43 @@
 For every window the store keeps two states: what enters the student block in training, and the raw
 output of its teacher block. When the next block asks, a window's states move on from where they
 are, by the blocks in between. So the whole backbone costs one teacher forward and one
-frozen-student forward over the data, however many blocks and epochs there are, and memory holds one
-level, not all of them. Heads never run for it.
+frozen-student forward over the data, however many blocks and epochs there are, and what is kept is
+one level, not all of them. Heads never run for it.
 
 Windows are found by their tokens, so any loader, in any order, works; a window never seen, or one
-that no longer fits into memory, is computed from its tokens. Only what is frozen may be kept.
+that there is no room for, is computed from its tokens. Only what is frozen may be kept: a state
+whose model has other weights by now is dropped. Memory and files are in ``state_store``, and what
+decides between them in ``cache_plan``.
 """
 
+import contextlib
 import hashlib
-import sys
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
-import psutil
 import torch
+import xxhash
 from jaxtyping import Float
 from torch import Tensor
 
 from cleangpt.blocks import BlockStack, HiddenStates, State
+from cleangpt.runtime.module_state import preserved_modes, tensors_checksum
 from distillation.batch import Batch
+from distillation.cache_plan import (
+    STATE_DTYPES,
+    CachePlan,
+    free_disk,
+    free_memory,
+    needed_bytes,
+    plan_cache,
+)
+from distillation.config import DistillationConfig
+from distillation.disk_store import DiskStore
+from distillation.state_store import Budget, RamStore, Row, StateStore
 
-
-def cache_budget(activation_cache: str, device: torch.device) -> int:
-    """The bytes that "auto", "ram" or "off" stands for on this machine now."""
-    if activation_cache == "auto":
-        if device.type == "cuda":
-            return int(torch.cuda.mem_get_info(device)[0]) // 2
-        return int(psutil.virtual_memory().available) // 2
-    return 0 if activation_cache == "off" else sys.maxsize
+logger = logging.getLogger(__name__)
 
 
 class Activations:
@@ -37,21 +48,59 @@ class Activations:
     Args:
         teacher: The model whose hidden states are learnt.
         student: The model that learns.
-        budget_bytes: Memory the kept states may take; 0 keeps none, and both models run up to the
-            block in training for every batch.
+        budget_bytes: Memory the kept states may take outside of :meth:`opened`; 0 keeps none, and
+            both models run up to the block in training for every batch.
     """
 
     def __init__(self, teacher: BlockStack, student: BlockStack, budget_bytes: int) -> None:
         self.teacher = teacher
         self.student = student
-        self._budget = _Budget(budget_bytes)
-        self._teacher_states = _RollingStates(teacher, self._budget)
-        self._student_states = _RollingStates(student, self._budget)
+        self._is_open = False
+        self._budget_bytes = budget_bytes
+        self._keep_in_memory(budget_bytes, torch.float32)
 
     @property
     def bytes_kept(self) -> int:
-        """Memory taken by kept states."""
+        """Memory or disk taken by kept states."""
         return self._budget.used
+
+    @contextmanager
+    def opened(
+        self, config: DistillationConfig, folder: Path, positions: int | None, precision: str
+    ) -> Iterator[None]:
+        """Keep states where the settings say, for as long as the block runs.
+
+        Opening again inside the block changes nothing.
+
+        Args:
+            config: The settings ``activation_cache`` and its kin.
+            folder: Where files of states go, if there are any.
+            positions: Valid positions of the data; None if that is not known.
+            precision: The name of the precision both models run at.
+
+        Raises:
+            CheckpointError: If files of an earlier run are there, and are damaged or of other
+                models or settings.
+        """
+        if self._is_open:
+            yield
+            return
+        plan = self._plan(config, folder, positions)
+        logger.info("Frozen states are kept %s.", plan.reason)
+        if plan.kind == "disk":
+            self._keep_on_disk(plan.budget_bytes, config.activation_dtype, folder, precision)
+        else:
+            self._keep_in_memory(plan.budget_bytes, STATE_DTYPES[config.activation_dtype])
+        self._is_open = True
+        try:
+            yield
+        finally:
+            self._is_open = False
+            for states in (self._teacher_states, self._student_states):
+                states.finish(keep=config.keep_activations)
+            with contextlib.suppress(OSError):  # not there, or something of the user's is in it
+                folder.rmdir()
+            self._keep_in_memory(self._budget_bytes, torch.float32)
 
     @torch.no_grad()
     def teacher_output(self, block: int, batch: Batch) -> HiddenStates:
@@ -70,79 +119,146 @@ class Activations:
     def teacher_logits(self, batch: Batch) -> Float[Tensor, "batch seq vocab"]:
         """The teacher's own logits; only its final norm and head run if its last state is known."""
         state = self._teacher_states.entering(self.teacher.num_blocks, batch)
-        return self.teacher.logits_of(state, batch.input_ids, batch.attention_mask.long())
+        return self.teacher.logits_of(state, batch.input_ids, batch.mask)
+
+    def hand_over(self, block: int, batch: Batch, output: State) -> None:
+        """Told what a student block in training made of a batch; of no use here.
+
+        A block's output is only what later blocks get once it has finished learning.
+        """
 
     def forget(self) -> None:
         """Drop all states; needed before a student whose frozen parts have changed is read."""
         self._teacher_states.clear()
         self._student_states.clear()
 
+    def _plan(self, config: DistillationConfig, folder: Path, positions: int | None) -> CachePlan:
+        setting, limit = config.activation_cache, config.activation_cache_gb
+        if setting == "auto" and config.keep_activations:
+            setting = "disk"  # memory cannot be kept
+        widths = state_width(self.teacher), state_width(self.student)
+        need = None
+        if positions is not None:
+            need = needed_bytes(positions, *widths, config.activation_dtype)
+        return plan_cache(
+            setting,
+            need,
+            free_memory(self.teacher.device),
+            free_disk(folder),
+            None if limit is None else int(limit * 1e9),
+        )
 
-class _Budget:
-    """Counts bytes against a limit shared by both models' states."""
+    def _keep_in_memory(self, budget_bytes: int, dtype: torch.dtype) -> None:
+        self._budget = Budget(budget_bytes)
+        self._use(RamStore(self._budget, dtype), RamStore(self._budget, dtype))
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.used = 0
+    def _keep_on_disk(self, budget_bytes: int, dtype: str, folder: Path, precision: str) -> None:
+        self._budget = Budget(budget_bytes)
+        stores: list[DiskStore] = []
+        try:
+            for name, stack in (("teacher", self.teacher), ("student", self.student)):
+                header = {"model": name, "d_state": state_width(stack), "precision": precision}
+                path, weights = folder / f"{name}.states", level_weights(stack)
+                stores.append(DiskStore(path, header, weights, self._budget, STATE_DTYPES[dtype]))
+        except BaseException:
+            for store in stores:
+                store.close()
+            raise
+        self._use(*stores)
 
-    def take(self, size: int) -> bool:
-        """Reserve ``size`` bytes if there is room."""
-        if self.used + size > self.limit:
-            return False
-        self.used += size
-        return True
-
-    def give_back(self, size: int) -> None:
-        """Return reserved bytes."""
-        self.used -= size
+    def _use(self, teacher_store: StateStore, student_store: StateStore) -> None:
+        self._teacher_states = _RollingStates(self.teacher, teacher_store, learns=False)
+        self._student_states = _RollingStates(self.student, student_store, learns=True)
 
 
 class _RollingStates:
     """One state per window: what enters a block whose index only grows."""
 
-    def __init__(self, stack: BlockStack, budget: _Budget) -> None:
+    def __init__(self, stack: BlockStack, store: StateStore, *, learns: bool) -> None:
         self._stack = stack
-        self._budget = budget
-        self._rows: dict[bytes, tuple[int, Tensor]] = {}
+        self._store = store
+        self._learns = learns
+        self._index: int | None = None
 
     def clear(self) -> None:
         """Forget all windows."""
-        self._budget.give_back(sum(state.nbytes for _, state in self._rows.values()))
-        self._rows.clear()
+        self._store.clear()
+
+    def finish(self, *, keep: bool) -> None:
+        """End the use of the store, and leave behind what can be used again if that is asked."""
+        if keep:
+            self._drop_stale()
+        self._store.finish(keep=keep)
 
     def entering(self, index: int, batch: Batch) -> Tensor:
         """What enters block ``index``, shape [batch, seq, d_state]."""
-        ids, mask = batch.input_ids, batch.attention_mask.long()
-        if self._budget.limit == 0:
-            return self._stack.state_entering(index, ids, mask)
+        if self._store.budget.limit == 0:
+            return self._stack.state_entering(index, batch.input_ids, batch.mask)
+        if index != self._index:
+            self._drop_stale()
+            self._index = index
         keys = _row_keys(batch)
-        known = [self._rows.get(key) for key in keys]
-        rows = [row for row in known if row is not None]
-        levels = {level for level, _ in rows}
-        if len(rows) < len(keys) or len(levels) > 1 or max(levels) > index:
-            state = self._stack.state_entering(index, ids, mask)
-            self._keep(keys, index, state, batch)
+        groups: dict[tuple[int, torch.dtype] | None, list[int]] = {}
+        for position, key in enumerate(keys):
+            row = self._store.rows.get(key)
+            known = None if row is None or row.level > index else (row.level, row.dtype)
+            groups.setdefault(known, []).append(position)
+        if len(groups) == 1:
+            return self._entering(index, keys, batch)
+        parts = {
+            tuple(group): self._entering(index, [keys[i] for i in group], _rows_of(batch, group))
+            for group in groups.values()
+        }
+        first = next(iter(parts.values()))
+        state = first.new_empty(len(keys), *first.shape[1:])
+        for group, part in parts.items():
+            state[list(group)] = part.to(state.dtype)
+        return state
+
+    def _drop_stale(self) -> None:
+        """Forget states from before blocks learnt on; asked between two levels, it is cheap."""
+        if self._learns:
+            self._store.drop_stale(level_weights(self._stack))
+
+    def _entering(self, index: int, keys: list[bytes], batch: Batch) -> Tensor:
+        """The same for windows that are all unknown, or all known at one level."""
+        row = self._store.rows.get(keys[0])
+        state = None if row is None or row.level > index else self._load(row, keys, batch)
+        if row is None or state is None:
+            state = self._stack.state_entering(index, batch.input_ids, batch.mask)
+        elif row.level == index:
             return state
-        (level,) = levels
-        state = _assembled([row for _, row in rows], batch)
-        if level == index:
-            return state
-        for block in range(level, index):
-            state = self._stack.advance(block, state, ids, mask)
+        else:
+            for block in range(row.level, index):
+                state = self._stack.advance(block, state, batch.input_ids, batch.mask)
         self._keep(keys, index, state, batch)
         return state
 
+    def _load(self, first: Row, keys: list[bytes], batch: Batch) -> Tensor | None:
+        """Kept rows as a batch, zero at padding; None if one of them turns out to be damaged."""
+        batch_size, seq_len = batch.input_ids.shape
+        make = torch.empty if batch.is_full else torch.zeros
+        state = make(
+            (batch_size, seq_len, first.shape[1]),
+            dtype=self._store.kept_dtype(first.dtype),
+            device=self._store.device or batch.input_ids.device,
+        )
+        for key, into, mask in zip(keys, state, batch.host_mask, strict=True):
+            positions = self._store.rows[key].shape[0]
+            valid = into if positions == seq_len else into.new_empty(positions, into.shape[1])
+            if not self._store.read(key, valid):
+                return None
+            if valid is not into:
+                into[mask] = valid
+        return state.to(batch.input_ids.device, first.dtype)
+
     def _keep(self, keys: list[bytes], level: int, state: Tensor, batch: Batch) -> None:
-        """Remember the valid positions of each row, as far as memory allows."""
-        whole = bool(batch.attention_mask.all())
-        for row, key in enumerate(keys):
-            old = self._rows.pop(key, None)
-            if old is not None:
-                self._budget.give_back(old[1].nbytes)
-            kept = state[row] if whole else state[row][batch.attention_mask[row]]
-            if self._budget.take(kept.nbytes):
-                # A view would keep the whole batch alive after its other rows have moved on.
-                self._rows[key] = (level, kept.clone())
+        """Remember the valid positions of each row, as far as there is room."""
+        kept = state.to(self._store.device or state.device, self._store.kept_dtype(state.dtype))
+        for key, rows, mask in zip(keys, kept, batch.host_mask, strict=True):
+            valid = rows if batch.is_full else rows[mask]
+            positions, width = valid.shape
+            self._store.write(key, Row(level, (positions, width), state.dtype), valid)
 
 
 def _row_keys(batch: Batch) -> list[bytes]:
@@ -154,12 +270,38 @@ def _row_keys(batch: Batch) -> list[bytes]:
     ]
 
 
-def _assembled(rows: list[Tensor], batch: Batch) -> Tensor:
-    """Put rows of valid positions back into a padded batch; padding is zero."""
-    batch_size, seq_len = batch.input_ids.shape
-    if all(row.shape[0] == seq_len for row in rows):
-        return torch.stack(rows)
-    state = rows[0].new_zeros(batch_size, seq_len, rows[0].shape[-1])
-    for into, row, mask in zip(state, rows, batch.attention_mask, strict=True):
-        into[mask] = row
-    return state
+def _rows_of(batch: Batch, rows: list[int]) -> Batch:
+    """Some rows of a batch."""
+    return Batch(
+        batch.input_ids[rows],
+        batch.attention_mask[rows],
+        batch.host_ids[rows],
+        batch.host_mask[rows],
+    )
+
+
+@torch.no_grad()
+def state_width(stack: BlockStack) -> int:
+    """The width of what flows between a model's blocks; may be more than its hidden size."""
+    with preserved_modes(stack.model):
+        stack.model.eval()  # dropout would draw random numbers
+        return int(stack.embed(stack.probe_ids()).shape[-1])
+
+
+def level_weights(stack: BlockStack) -> list[str]:
+    """A checksum per level of all tensors that a state entering that block depends on.
+
+    Entry 0 is of the embeddings and entry ``num_blocks`` of the whole backbone. The final norm and
+    the head are in none: the head phase changes them and no state.
+    """
+    blocks = [stack.block(i) for i in range(stack.num_blocks)]
+    others = {id(module) for module in (*blocks, stack.final_norm, stack.lm_head)}
+    prefixes = tuple(
+        f"{name}." for name, module in stack.model.named_modules() if id(module) in others
+    )
+    tensors = stack.model.state_dict().items()
+    sums = [tensors_checksum((n, t) for n, t in tensors if not n.startswith(prefixes))]
+    for block in blocks:
+        own = tensors_checksum(block.state_dict().items())
+        sums.append(xxhash.xxh3_128_hexdigest((sums[-1] + own).encode()))
+    return sums

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing_extensions import TypedDict
 
 from cleangpt.errors import UsageError
+from cleangpt.runtime.precision import PRECISIONS
 from cleangpt.schedules import SCHEDULES
+from distillation.cache_plan import CACHES, STATE_DTYPES
 from distillation.losses import DistillationLoss, LogitDistillationLoss
 
-CACHES = ("auto", "ram", "off")
+BLOCK_SCHEDULES = ("sequential", "parallel_local")
 PerBlock = float | Sequence[float]
 """One number for all blocks, or one per student block."""
 
@@ -26,6 +28,9 @@ class DistillationConfig:
         stitching_layer_bias: Whether stitching layers have a bias.
         freeze_previous_blocks: Whether blocks before the one in training stay fixed. If not, they
             and the embeddings go on learning through it.
+        schedule: "sequential" trains one block after the other; "parallel_local" trains all of them
+            in one pass over the data, each on what the blocks before it make of a batch at that
+            moment, with no gradient between blocks.
         logit_loss_type: Loss on logits, "kl_div", "mse" or "ce".
         logit_loss_temperature: Temperature of "kl_div" and "ce", > 0.
         logit_loss_weight: Factor on the logit loss, >= 0, relative to the hidden-state loss (whose
@@ -39,9 +44,21 @@ class DistillationConfig:
         first_hidden_position: Positions of a window before this one are left out of the
             hidden-state loss, >= 0. Pretrained models park huge activations on the first token (Sun
             et al. 2024, arXiv:2402.17762), which rule a raw "mse"; 1 leaves it out.
-        activation_cache: Where frozen states are kept between epochs and blocks: "auto" takes up to
-            half of the free memory, "ram" as much as it needs, "off" keeps none and computes them
-            for every batch. Results are the same.
+        activation_cache: Where frozen states are kept between epochs and blocks: "ram", "disk" (in
+            the run's directory), "off" (nowhere: they are computed for every batch), or "auto": in
+            memory if all fit there, else on disk if all fit there, else as many as memory takes.
+            Results are the same.
+        activation_cache_gb: What they may take, in units of 1e9 bytes, > 0; None is half of what is
+            free.
+        activation_dtype: What they are kept in: "fp32" is exact, "bf16" takes half the size and
+            rounds them (2^-9 relative).
+        keep_activations: Whether files of states stay after the run, to be used again with the same
+            models and settings; "auto" then means "disk".
+        precision: Of matrix products: "fp32", "bf16" (autocast; parameters, norms and losses stay
+            float32), or "auto": bf16 on a GPU that has it, or where a short measurement finds it
+            faster.
+        compile_blocks: Whether to compile each student block with ``torch.compile``: seconds per
+            block to start with, then faster steps; needs a C++ compiler, or Triton on a GPU.
         log_interval: Optimizer steps between two logged lines, >= 1.
         hidden_state_pictures: Whether to draw student and teacher states per block and epoch.
         seed: Seed of everything random in the run.
@@ -55,6 +72,7 @@ class DistillationConfig:
     use_stitching_layers: bool = True
     stitching_layer_bias: bool = True
     freeze_previous_blocks: bool = True
+    schedule: str = "sequential"
     logit_loss_type: str = "kl_div"
     logit_loss_temperature: float = 2.0
     logit_loss_weight: float = 1.0
@@ -65,6 +83,11 @@ class DistillationConfig:
     max_nonfinite_in_a_row: int = 10
     first_hidden_position: int = 0
     activation_cache: str = "auto"
+    activation_cache_gb: float | None = None
+    activation_dtype: str = "fp32"
+    keep_activations: bool = False
+    precision: str = "auto"
+    compile_blocks: bool = False
     log_interval: int = 50
     hidden_state_pictures: bool = False
     seed: int = 0
@@ -76,6 +99,18 @@ class DistillationConfig:
             ("distill_loss_type", self.distill_loss_type in hidden, f"one of {', '.join(hidden)}"),
             ("logit_loss_type", self.logit_loss_type in logit, f"one of {', '.join(logit)}"),
             ("activation_cache", self.activation_cache in CACHES, f"one of {', '.join(CACHES)}"),
+            (
+                "activation_cache_gb",
+                self.activation_cache_gb is None or positive(self.activation_cache_gb),
+                "above 0",
+            ),
+            (
+                "activation_dtype",
+                self.activation_dtype in STATE_DTYPES,
+                f"one of {', '.join(STATE_DTYPES)}",
+            ),
+            ("schedule", self.schedule in BLOCK_SCHEDULES, f"one of {', '.join(BLOCK_SCHEDULES)}"),
+            ("precision", self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
             ("lr_schedule", self.lr_schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
             ("distill_loss_temperature", positive(self.distill_loss_temperature), "above 0"),
             ("logit_loss_temperature", positive(self.logit_loss_temperature), "above 0"),
@@ -88,6 +123,18 @@ class DistillationConfig:
             ("log_interval", self.log_interval >= 1, "1 or more"),
         ]
         raise_problems([(n, getattr(self, n), rule) for n, holds, rule in rules if not holds])
+        if self.keep_activations and self.activation_cache in ("ram", "off"):
+            raise UsageError(
+                "keep_activations=True keeps files of states, and"
+                f" activation_cache={self.activation_cache!r} writes none.",
+                "Choose --activation_cache disk or auto, or leave --keep_activations out.",
+            )
+        if self.schedule == "parallel_local" and not self.freeze_previous_blocks:
+            raise UsageError(
+                "schedule='parallel_local' lets no gradient cross a block, and"
+                " freeze_previous_blocks=False asks for one.",
+                "Choose --schedule sequential, or keep --freeze_previous_blocks.",
+            )
 
 
 class LoopOptions(TypedDict, total=False):
@@ -100,6 +147,12 @@ class LoopOptions(TypedDict, total=False):
     max_nonfinite_in_a_row: int
     first_hidden_position: int
     activation_cache: str
+    activation_cache_gb: float | None
+    activation_dtype: str
+    keep_activations: bool
+    schedule: str
+    precision: str
+    compile_blocks: bool
     hidden_state_pictures: bool
     seed: int
 

@@ -17,7 +17,9 @@ from typing_extensions import Unpack
 from cleangpt.errors import CheckpointError
 from cleangpt.metrics_log import RunProgress
 from cleangpt.run_directory import RunDirectory
-from distillation.config import LoopOptions, PerBlock
+from distillation.config import LoopOptions, PerBlock, spread
+from distillation.plan import RunPlan
+from distillation.planning import plan_training
 from distillation.trainers.backbone_trainer import BackboneDistillationTrainer
 from distillation.trainers.head_trainer import HeadDistillationTrainer
 from distillation.utils.checkpoint import load_checkpoint, save_checkpoint
@@ -55,8 +57,9 @@ class DistillationTrainer:
         show_progress: Whether to draw bars; None draws them on a terminal and in a notebook.
         **options: ``gradient_accumulation_steps``, ``lr_schedule``, ``warmup_ratio``,
             ``min_lr_ratio``, ``max_nonfinite_in_a_row``, ``first_hidden_position``,
-            ``activation_cache``, ``hidden_state_pictures``, ``seed``: see
-            :class:`~distillation.config.DistillationConfig`.
+            ``activation_cache``, ``activation_cache_gb``, ``activation_dtype``,
+            ``keep_activations``, ``schedule``, ``precision``, ``compile_blocks``,
+            ``hidden_state_pictures``, ``seed``: see :class:`~distillation.config.DistillationConfig`.
 
     Raises:
         UsageError: If settings are out of range, or widths or depths cannot work together.
@@ -171,6 +174,25 @@ class DistillationTrainer:
         }
         return self._run_stages(
             backbone, head if train_lm_head else None, initialize_head_from_teacher
+        )
+
+    def plan(
+        self,
+        epochs_per_block: int | Sequence[int],
+        train_lm_head: bool = True,
+        lm_head_epochs: int = 1,
+    ) -> RunPlan:
+        """Tell what :meth:`train` with these arguments will cost, before it starts.
+
+        Takes about two seconds; nothing is trained. Models on PyTorch's "meta" device will do.
+
+        Raises:
+            UsageError: If the train_dataloader does not tell how much it holds.
+        """
+        backbone = self.backbone_trainer
+        epochs = spread("epochs_per_block", epochs_per_block, backbone.student.num_blocks)
+        return plan_training(
+            backbone, [int(str(e)) for e in epochs], lm_head_epochs if train_lm_head else None
         )
 
     def _run_stages(

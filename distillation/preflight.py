@@ -34,7 +34,7 @@ def check_batch(batch: Batch, teacher: BlockStack, student: BlockStack) -> None:
         InputError: If a token id is outside of a vocabulary.
         UsageError: If the sequences are longer than a model's context.
     """
-    highest = int(batch.input_ids.max()) if batch.input_ids.numel() else 0
+    highest = int(batch.host_ids.max()) if batch.host_ids.numel() else 0
     seq_len = batch.input_ids.shape[1]
     for role, stack in (("teacher", teacher), ("student", student)):
         if highest >= stack.vocab_size:

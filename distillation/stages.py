@@ -13,8 +13,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cleangpt.blocks import BlockStack
+from cleangpt.heads import head_is_linear
 from distillation.activations import Activations
 from distillation.batch import Batch
+from distillation.losses.chunked import (
+    Logits,
+    checkpointed_loss,
+    chunked_linear_loss,
+    linear_head,
+)
 from stitching_layers import StitchingLayer
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -43,7 +50,7 @@ class Stage(ABC):
 
     def count(self, batch: Batch) -> int:
         """The positions the loss of a batch is a mean over."""
-        return batch.count()
+        return batch.num_valid
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """The tensors the optimizer gets, each once, also when a module appears twice."""
@@ -55,6 +62,10 @@ class Stage(ABC):
                     seen.add(id(parameter))
                     parameters[f"{prefix}.{name}"] = parameter
         return parameters
+
+    def compilable(self) -> list[nn.Module]:
+        """The modules in training whose forward passes are worth compiling."""
+        return []
 
     def start_epoch(self) -> None:  # noqa: B027 - most stages measure nothing per epoch
         """Called before each epoch."""
@@ -110,6 +121,10 @@ class BlockStage(Stage):
             found["stitch"] = self.stitch
         return found
 
+    def compilable(self) -> list[nn.Module]:
+        """The student block."""
+        return [self.student.block(self.block)]
+
     def loss(self, batch: Batch) -> Float[Tensor, ""]:
         """Return the mean hidden-state loss over the compared positions."""
         student, teacher = self.states(batch)
@@ -120,12 +135,13 @@ class BlockStage(Stage):
 
     def count(self, batch: Batch) -> int:
         """The compared positions."""
-        return batch.without_first(self.first_position).count()
+        return batch.without_first(self.first_position).num_valid
 
     def states(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the stitched student states and the teacher's, both [batch, seq, d_teacher]."""
         teacher = self.activations.teacher_output(self.teacher_block, batch)
         state = self._student_output(batch)
+        self.activations.hand_over(self.block, batch, state)
         student = self.student.hidden(state)
         return (student if self.stitch is None else self.stitch(student)), teacher
 
@@ -138,18 +154,20 @@ class BlockStage(Stage):
         return {"relative_error": self._fit.relative_error()}
 
     def _student_output(self, batch: Batch) -> Tensor:
-        mask = batch.attention_mask.long()
         if self.block == 0 or not self.freeze_previous:
-            return self.student.state_entering(self.block + 1, batch.input_ids, mask)
+            return self.student.state_entering(self.block + 1, batch.input_ids, batch.mask)
         state = self.activations.student_input(self.block, batch)
-        return self.student.advance(self.block, state, batch.input_ids, mask)
+        return self.student.advance(self.block, state, batch.input_ids, batch.mask)
 
 
 class HeadStage(Stage):
     """The final norm and the head learn the teacher's logits; the backbone stays fixed.
 
+    No tensor of shape [batch, seq, vocab] exists: the loss is formed some positions at a time, on
+    valid positions only.
+
     Args:
-        activations: Where student states and teacher logits come from.
+        activations: Where both models' final states come from.
         loss_fn: The loss on logits.
         loss_weight: Factor on the loss.
     """
@@ -157,8 +175,12 @@ class HeadStage(Stage):
     def __init__(self, activations: Activations, loss_fn: Loss, *, loss_weight: float) -> None:
         super().__init__("lm-head", activations.student)
         self.activations = activations
+        self.teacher = activations.teacher
         self.loss_fn = loss_fn
         self.loss_weight = loss_weight
+        self._heads_are_linear = head_is_linear(self.teacher), head_is_linear(self.student)
+        # Padded rows of a vocabulary stand for no token.
+        self._shared_rows = min(self.teacher.vocab_size, self.student.vocab_size)
 
     def modules(self) -> dict[str, nn.Module]:
         """The final norm and the head."""
@@ -166,23 +188,59 @@ class HeadStage(Stage):
 
     def loss(self, batch: Batch) -> Float[Tensor, ""]:
         """Return the weighted mean logit loss over valid positions."""
-        teacher = batch.valid(self.activations.teacher_logits(batch))
-        state = self.activations.student_input(self.student.num_blocks, batch)
-        mask = batch.attention_mask.long()
-        student = batch.valid(self.student.logits_of(state, batch.input_ids, mask))
-        # Padded rows of a vocabulary stand for no token.
-        shared = min(student.shape[-1], teacher.shape[-1])
-        return self.loss_weight * self.loss_fn(student[..., :shared], teacher[..., :shared])
+        state = batch.valid(self.activations.student_input(self.student.num_blocks, batch))
+        teacher_logits = self._teacher_logits(batch)
+        if self._heads_are_linear[1]:
+            head, rows = self.student.lm_head, self._shared_rows
+            mean = chunked_linear_loss(
+                self.loss_fn,
+                self.student.head_features(state),
+                head.weight[:rows],
+                None if head.bias is None else head.bias[:rows],
+                teacher_logits,
+            )
+        else:
+            student_logits = positionwise_logits(self.student, state, self._shared_rows)
+            mean = checkpointed_loss(self.loss_fn, student_logits, teacher_logits, len(state))
+        return self.loss_weight * mean
+
+    @torch.no_grad()
+    def _teacher_logits(self, batch: Batch) -> Logits:
+        last = self.teacher.num_blocks - 1
+        state = batch.valid(self.activations.teacher_output(last, batch))
+        rows = self._shared_rows
+        if not self._heads_are_linear[0]:
+            return positionwise_logits(self.teacher, state, rows)
+        head = self.teacher.lm_head
+        bias = None if head.bias is None else head.bias[:rows]
+        return linear_head(self.teacher.final_norm(state), head.weight[:rows], bias)
+
+
+def positionwise_logits(stack: BlockStack, state: Tensor, rows: int) -> Logits:
+    """The model's own path from final states [positions, d_state] to logits, caps included.
+
+    Nothing after the blocks looks at other positions, so each can be a sequence of its own.
+    """
+
+    def logits(positions: slice) -> Tensor:
+        part = state[positions].unsqueeze(1)
+        ids = torch.zeros(part.shape[:2], dtype=torch.long, device=part.device)
+        return stack.logits_of(part, ids)[:, 0, :rows]
+
+    return logits
 
 
 @dataclass
 class FitStatistics:
-    """Streaming sums for the relative error ``SSE / SS about the mean`` of a prediction."""
+    """Streaming sums for the relative error ``SSE / SS about the mean`` of a prediction.
+
+    Kept on the device of the states: reading them would make an accelerator wait.
+    """
 
     count: int = 0
-    squared_error: float = 0.0
-    squared_norm: float = 0.0
-    total: Tensor | None = None
+    squared_error: Tensor | float = 0.0
+    squared_norm: Tensor | float = 0.0
+    total: Tensor | float = 0.0
 
     @torch.no_grad()
     def add(
@@ -190,18 +248,20 @@ class FitStatistics:
     ) -> None:
         """Count one batch of predictions."""
         self.count += target.shape[0]
-        self.squared_error += float((predicted.float() - target.float()).square().sum())
-        self.squared_norm += float(target.float().square().sum())
-        # Sums over batches are float64, on the CPU: not every accelerator has it.
-        summed = target.float().sum(0).cpu().double()
-        self.total = summed if self.total is None else self.total + summed
+        target = target.float()
+        # Sums over batches are float64 where the device has it.
+        wide = torch.float32 if target.device.type == "mps" else torch.float64
+        self.squared_error += torch.linalg.vector_norm(predicted.float() - target).to(wide).square()
+        self.squared_norm += torch.linalg.vector_norm(target).to(wide).square()
+        self.total += target.sum(0).to(wide)
 
     def relative_error(self) -> float:
         """The squared error as a share of the target's variation about its mean."""
-        if self.total is None or self.count == 0:
+        if self.count == 0:
             return float("nan")
-        variation = self.squared_norm - float(self.total.square().sum()) / self.count
-        return self.squared_error / variation if variation > 0 else float("nan")
+        about_mean = torch.as_tensor(self.total).square().sum() / self.count
+        variation = float(self.squared_norm - about_mean)
+        return float(self.squared_error) / variation if variation > 0 else float("nan")
 
 
 def embedding_modules(stack: BlockStack) -> dict[str, nn.Module]:

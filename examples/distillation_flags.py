@@ -157,6 +157,8 @@ def _add_stage_flags(parser: CommandParser) -> None:
             "start the head from the teacher's",
         ),
     }
+    orders = ("sequential", "parallel_local")
+    _add_choice(parser, "schedule", orders, "sequential", "blocks in turn, or all in one pass")
     _add_rows(parser, BACKBONE_ROWS)
     hidden, logit = ("mse", "kl_div"), ("mse", "kl_div", "ce")
     _add_choice(parser, "distill_loss_type", hidden, "mse", "loss on hidden states")
@@ -170,15 +172,25 @@ def _add_stage_flags(parser: CommandParser) -> None:
 def _add_run_flags(parser: CommandParser) -> None:
     add = parser.add_argument
     _add_rows(parser, RUN_ROWS)
-    caches = ("auto", "ram", "off")
+    caches = ("auto", "ram", "disk", "off")
     _add_choice(parser, "activation_cache", caches, "auto", "where frozen states are kept")
+    limit = "GB that frozen states may take (default: half of what is free)"
+    add("--activation_cache_gb", type=positive_float, help=limit)
+    meaning = "what frozen states are kept in; fp32 is exact, bf16 half the size"
+    _add_choice(parser, "activation_dtype", ("fp32", "bf16"), "fp32", meaning)
+    precisions = ("auto", "fp32", "bf16")
+    meaning = "of matrix products; auto measures whether bf16 is faster"
+    _add_choice(parser, "precision", precisions, "auto", meaning)
     schedules = ("constant", "cosine", "linear")
     _add_choice(parser, "lr_schedule", schedules, "cosine", "per stage, after the warm-up")
     fastest = "where to train (default: the fastest there is)"
     add("--device", choices=("cpu", "cuda", "mps"), help=fastest)
     for name, text in (
+        ("plan", "only print stages, time, memory and disk; nothing is loaded or trained"),
+        ("compile_blocks", "compile each student block with torch.compile"),
         ("overwrite", "replace an earlier run in --output_dir"),
         ("keep_start", "also save the untrained student, in start/"),
+        ("keep_activations", "keep the files of frozen states after the run"),
         ("hidden_state_pictures", "draw student and teacher states per block and epoch"),
         ("debug", "show tracebacks and debug messages"),
     ):

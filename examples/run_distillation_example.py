@@ -8,6 +8,7 @@ since torch and the rest are imported inside the functions. The flags are in
 """
 
 import argparse
+import contextlib
 import importlib
 import logging
 import sys
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from cleangpt.data import DistillationDataCollator, TextDataset, TextSource
     from cleangpt.teacher import Teacher
     from config_distillation import GPTConfig
+    from distillation import DistillationTrainer
+    from distillation.plan import RunPlan
 
 logger = logging.getLogger(__name__)
 
@@ -59,16 +62,40 @@ def main(argv: list[str] | None = None) -> None:
     """
     arguments = build_parser().parse_args(argv)
     setup_logging(arguments.debug)
+    if arguments.plan:
+        trainer, _ = prepare(arguments)
+        print(plan(trainer, arguments).table())
+        return
     results, _ = distil(arguments)
     print(f"student: {results['student_path']}")
     print(f"evaluate it: {evaluation_command(arguments, results['student_path'])}")
 
 
 def distil(arguments: argparse.Namespace) -> tuple[dict[str, Any], "nn.Module"]:
-    """Run what the flags describe.
+    """Run what the flags describe, and tell at its end what it was planned to cost.
 
     Returns:
         The results of :meth:`DistillationTrainer.train`, and the student.
+    """
+    from cleangpt.metrics_log import format_seconds
+
+    trainer, student = prepare(arguments)
+    planned = plan(trainer, arguments).seconds
+    results = train(trainer, arguments)
+    logger.info(
+        "Planned %s, took %s (%+.0f %%).",
+        format_seconds(planned),
+        format_seconds(results["seconds"]),
+        100 * (results["seconds"] / planned - 1),
+    )
+    return results, student
+
+
+def prepare(arguments: argparse.Namespace) -> "tuple[DistillationTrainer, nn.Module]":
+    """Load what the flags name; for a plan, the teacher's and the student's shapes alone.
+
+    Returns:
+        The trainer, and the student.
     """
     # Names and places first: a wrong one is told before the seconds that importing torch takes.
     from cleangpt.data import load_texts
@@ -76,7 +103,8 @@ def distil(arguments: argparse.Namespace) -> tuple[dict[str, Any], "nn.Module"]:
     from cleangpt.teacher_source import check_teacher_name
 
     check_teacher_name(arguments.teacher_model_name_or_path, revision=arguments.teacher_revision)
-    RunDirectory(arguments.output_dir).check_room(arguments.overwrite)
+    if not arguments.plan:
+        RunDirectory(arguments.output_dir).check_room(arguments.overwrite)
     source = load_texts(
         arguments.dataset_name,
         config_name=arguments.dataset_config_name,
@@ -91,19 +119,28 @@ def distil(arguments: argparse.Namespace) -> tuple[dict[str, Any], "nn.Module"]:
     from transformers.utils import logging as transformers_logging
 
     from cleangpt.runtime.device import default_device, resolve_device
-    from cleangpt.teacher import load_teacher
+    from cleangpt.teacher import load_teacher, load_teacher_outline
 
     transformers_logging.disable_progress_bar()
     device = resolve_device(arguments.device) if arguments.device else default_device()
     logger.info("Seed %d on %s, %d threads", arguments.seed, device, torch.get_num_threads())
-    teacher = load_teacher(
+    load = load_teacher_outline if arguments.plan else load_teacher
+    teacher = load(
         arguments.teacher_model_name_or_path,
         revision=arguments.teacher_revision,
         trust_remote_code=arguments.trust_remote_code,
     )
-    student = build_student(arguments, teacher)
+    with torch.device("meta") if arguments.plan else contextlib.nullcontext():
+        student = build_student(arguments, teacher)
     loader = build_dataloader(arguments, source, teacher)
-    return _train(arguments, teacher, student, loader, device), student
+    return build_trainer(arguments, teacher, student, loader, device), student
+
+
+def plan(trainer: "DistillationTrainer", arguments: argparse.Namespace) -> "RunPlan":
+    """What the flags' training will cost."""
+    return trainer.plan(
+        arguments.epochs_per_block, arguments.train_lm_head, arguments.lm_head_epochs
+    )
 
 
 def build_dataloader(
@@ -206,17 +243,17 @@ def student_config(arguments: argparse.Namespace, teacher: "Teacher") -> "GPTCon
         raise UsageError(cause, "Change the --student_... flags named above.") from error
 
 
-def _train(
+def build_trainer(
     arguments: argparse.Namespace,
     teacher: "Teacher",
     student: "nn.Module",
     loader: Any,
     device: Any,
-) -> dict[str, Any]:
-    """Hand the flags to the trainer; the two names that differ are the contract's."""
+) -> "DistillationTrainer":
+    """Hand the flags that say how it trains to the trainer."""
     from distillation import DistillationTrainer
 
-    trainer = DistillationTrainer(
+    return DistillationTrainer(
         teacher.model,
         student,
         teacher.tokenizer,
@@ -241,9 +278,19 @@ def _train(
         max_nonfinite_in_a_row=arguments.max_nonfinite_in_a_row,
         first_hidden_position=arguments.first_hidden_position,
         activation_cache=arguments.activation_cache,
+        activation_cache_gb=arguments.activation_cache_gb,
+        activation_dtype=arguments.activation_dtype,
+        keep_activations=arguments.keep_activations,
+        schedule=arguments.schedule,
+        precision=arguments.precision,
+        compile_blocks=arguments.compile_blocks,
         hidden_state_pictures=arguments.hidden_state_pictures,
         seed=arguments.seed,
     )
+
+
+def train(trainer: "DistillationTrainer", arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train as the flags say; the two names that differ are the contract's."""
     return trainer.train(
         epochs_per_block=arguments.epochs_per_block,
         lr_per_block=arguments.lr_per_block,

@@ -101,4 +101,6 @@ def make_dataloader(
         # The loader draws a seed for its workers each epoch, from torch's global generator if it
         # has none of its own.
         generator=_generator(seed, -1),
+        # Only from pinned memory can a GPU copy while it computes.
+        pin_memory=torch.cuda.is_available(),
     )

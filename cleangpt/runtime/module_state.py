@@ -3,8 +3,10 @@
 import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor, nn
 
 
@@ -24,9 +26,17 @@ def preserved_modes(*models: nn.Module) -> Iterator[None]:
 
 def tensors_fingerprint(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
     """SHA-256 over names, shapes and bytes: equal exactly when every tensor is, bit for bit."""
-    digest = hashlib.sha256()
+    return _digest(hashlib.sha256(), named_tensors)
+
+
+def tensors_checksum(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """The same with XXH3-128: ten times as fast, and safe against accidents only."""
+    return _digest(xxhash.xxh3_128(), named_tensors)
+
+
+def _digest(digest: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> str:
     for name, tensor in sorted(named_tensors, key=lambda item: item[0]):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(raw.numpy().tobytes())
-    return digest.hexdigest()
+        digest.update(raw.numpy())
+    return str(digest.hexdigest())

@@ -13,6 +13,7 @@ from typing_extensions import Unpack
 from cleangpt.errors import UsageError
 from cleangpt.run_directory import RunDirectory
 from cleangpt.runtime.module_state import preserved_modes
+from distillation.activations import Activations
 from distillation.config import (
     DistillationConfig,
     LoopOptions,
@@ -22,6 +23,7 @@ from distillation.config import (
 )
 from distillation.layer_map import uniform_layer_map
 from distillation.losses import DistillationLoss
+from distillation.passing_states import PassingStates
 from distillation.pictures import save_hidden_state_picture
 from distillation.stages import BlockStage, Loss, Stage
 from distillation.trainers.base_trainer import BaseDistillationTrainer
@@ -164,27 +166,43 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
         logger.info("Student block -> teacher block: %s", dict(enumerate(self.layer_map)))
         columns = ("block", "teacher", "first", "best", "last", "relative error", "seconds", "")
         logger.info(ROW, *columns)
-        rows = [self._train_block(block, settings[block]) for block in range(len(settings))]
+        if self.config.schedule == "parallel_local":
+            rows = self._train_together(settings)
+        else:
+            rows = [self._train_block(block, settings[block]) for block in range(len(settings))]
         if self.stitches is not None:
             self.run.write_bytes("stitching_layers.safetensors", stitches_to_bytes(self.stitches))
         return rows
 
     def _train_block(self, block: int, settings: StageSettings) -> dict[str, Any]:
-        stage = BlockStage(
+        stage = self._stage(block, self.activations)
+        return self._write_row(stage, self.train_stage(stage, settings))
+
+    def _train_together(self, settings: list[StageSettings]) -> list[dict[str, Any]]:
+        states = PassingStates(self.activations, self.layer_map)
+        stages = [self._stage(block, states) for block in range(len(settings))]
+        results = self.train_together("all blocks", stages, settings)
+        return [self._write_row(*done) for done in zip(stages, results, strict=True)]
+
+    def _stage(self, block: int, activations: Activations) -> BlockStage:
+        return BlockStage(
             block,
             self.layer_map[block],
-            self.activations,
+            activations,
             self.hidden_state_loss_fn,
             stitch=None if self.stitches is None else self.stitches[block],  # type: ignore[arg-type]
             freeze_previous=self.config.freeze_previous_blocks,
             first_position=self.config.first_hidden_position,
         )
-        row = block_row(stage, self.train_stage(stage, settings))
+
+    def _write_row(self, stage: BlockStage, result: StageResult) -> dict[str, Any]:
+        row = block_row(stage, result)
         self.run.metrics.write("block", **row)
         self.run.add_stage(row)
         numbers = (f"{row[k]:.4g}" for k in ("first_loss", "best_loss", "last_loss"))
         relative, seconds = f"{row['relative_error']:.4g}", f"{row['seconds']:.1f}"
-        logger.info(ROW, block, row["teacher_block"], *numbers, relative, seconds, row["verdict"])
+        place = (stage.block, row["teacher_block"])
+        logger.info(ROW, *place, *numbers, relative, seconds, row["verdict"])
         return row
 
     def after_epoch(self, stage: Stage, epoch: int) -> None:

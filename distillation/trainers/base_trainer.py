@@ -7,7 +7,7 @@ It knows no block and no head: a :class:`~distillation.stages.Stage` says what i
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,19 +18,26 @@ from cleangpt.blocks import BlockStack
 from cleangpt.errors import InputError, UsageError
 from cleangpt.metrics_log import RunProgress
 from cleangpt.run_directory import RunDirectory
+from cleangpt.runtime.compiling import compiled
 from cleangpt.runtime.device import seed_generators
-from cleangpt.runtime.module_state import preserved_modes, tensors_fingerprint
-from distillation.activations import Activations, cache_budget
+from cleangpt.runtime.module_state import (
+    preserved_modes,
+    tensors_checksum,
+    tensors_fingerprint,
+)
+from cleangpt.runtime.precision import choose_precision
+from distillation.activations import Activations
 from distillation.batch import Batch, as_batch
+from distillation.cache_plan import positions_in
 from distillation.config import DistillationConfig, StageSettings
 from distillation.preflight import check_batch, check_vocabulary
 from distillation.stages import Stage
 from distillation.trainers.stage_loop import (
     StageLoop,
     StageResult,
+    build_optimizer,
     derived_seed,
     grouped,
-    parameter_groups,
 )
 
 logger = logging.getLogger(__name__)
@@ -78,8 +85,8 @@ class BaseDistillationTrainer:
         self.config = config
         self.teacher = BlockStack(teacher_model)
         self.student = BlockStack(student_model)
-        budget = cache_budget(config.activation_cache, self.device)
-        self.activations = Activations(self.teacher, self.student, budget)
+        self.activations = Activations(self.teacher, self.student, 0)
+        self.precision = choose_precision(config.precision, self.device, self.student.hidden_size)
         self.progress = RunProgress(1)
         check_vocabulary(self.teacher, self.student, tokenizer)
 
@@ -91,6 +98,7 @@ class BaseDistillationTrainer:
             "device": str(self.device),
             "torch_version": torch.__version__,
             "torch_threads": torch.get_num_threads(),
+            "precision": {"used": self.precision.name, "reason": self.precision.reason},
             "data_fingerprint": getattr(dataset, "fingerprint", None),
             "data_sketch": getattr(dataset, "sketch", None),
             "teacher": {
@@ -112,22 +120,22 @@ class BaseDistillationTrainer:
         Both models on the device, the run's directory held, and afterwards the modes, the random
         state and the memory as before. A trainer inside a larger run joins that run.
         """
-        joined = self.run.is_open
         self.teacher_model.to(self.device)
         self.student_model.to(self.device)
-        if not joined:
+        if not self.run.is_open:
             self.progress = RunProgress(num_stages)
-        try:
-            with (
-                torch.random.fork_rng(),
-                preserved_modes(self.teacher_model, self.student_model),
-                self.run.opened(self.about_run(), overwrite=overwrite),
-            ):
-                yield
-        finally:
-            # The student may change before the next call, and states of it would be wrong then.
-            if not joined:
-                self.activations.forget()
+        with (
+            torch.random.fork_rng(),
+            preserved_modes(self.teacher_model, self.student_model),
+            self.run.opened(self.about_run(), overwrite=overwrite),
+            self.activations.opened(
+                self.config,
+                self.run.path / "activations",
+                positions_in(self.train_dataloader),
+                self.precision.name,
+            ),
+        ):
+            yield
 
     def batches(self, epoch: int) -> Iterator[Batch]:
         """The batches of one epoch, on the training device.
@@ -146,37 +154,58 @@ class BaseDistillationTrainer:
             yield batch
 
     def train_stage(self, stage: Stage, settings: StageSettings) -> StageResult:
-        """Train one stage and return what it did.
+        """Train one stage and return what it did; see :meth:`train_together`."""
+        (result,) = self.train_together(stage.name, [stage], [settings])
+        return result
 
-        The stage's modules are in train mode and everything else of both models in eval mode; only
-        the stage's tensors get gradients and reach the optimizer. Afterwards a hash proves that no
-        other tensor of the student moved.
+    def train_together(
+        self, name: str, stages: Sequence[Stage], settings: Sequence[StageSettings]
+    ) -> list[StageResult]:
+        """Train stages on the same batches, each with an optimizer of its own.
+
+        For each batch the stages take their steps in order. The stages' modules are in train mode
+        and everything else of both models in eval mode; only the stages' tensors get gradients and
+        reach the optimizers. Afterwards a checksum proves that no other tensor of the student
+        moved.
+
+        Args:
+            name: What the progress bar says.
+            stages: What is trained.
+            settings: How long and how fast, for each stage.
 
         Raises:
             NonFiniteError: After ``max_nonfinite_in_a_row`` skipped batches in a row.
         """
-        progress = self.progress
-        parameters = stage.trainable_parameters()
-        self._only_train(stage, parameters)
-        optimizer = self.optimizer_cls(parameter_groups(stage, settings), lr=settings.lr)
-        total_steps = self.steps_per_epoch() * settings.epochs
-        loop = StageLoop(
-            stage, self.config, settings, optimizer, list(parameters.values()), total_steps
-        )
-        before = self._frozen_fingerprint(parameters)
-        progress.start_stage(stage.name, total_steps)
+        self._only_train(stages)
+        steps = self.steps_per_epoch()
+        loops = [
+            StageLoop(
+                stage,
+                self.config,
+                own,
+                build_optimizer(self.optimizer_cls, stage, own),
+                steps * own.epochs,
+                self.precision,
+            )
+            for stage, own in zip(stages, settings, strict=True)
+        ]
+        before = self._frozen_checksum(stages)
+        self.progress.start_stage(name, sum(loop.total_steps for loop in loops))
         started_at = time.perf_counter()
+        modules = [module for stage in stages for module in stage.compilable()]
         try:
-            for epoch in range(settings.epochs):
-                self._train_epoch(loop, epoch, progress)
+            with compiled(modules if self.config.compile_blocks else ()):
+                for epoch in range(max(own.epochs for own in settings)):
+                    active = [loop for loop in loops if epoch < loop.settings.epochs]
+                    self._train_epoch(active, epoch)
         finally:
-            progress.end_stage()
-        result = loop.result
-        result.seconds = time.perf_counter() - started_at
-        result.summary = stage.summary()
-        if self._frozen_fingerprint(parameters) != before:
-            raise AssertionError(f"Stage {stage.name} changed tensors it does not train.")
-        return result
+            self.progress.end_stage()
+        for loop in loops:
+            loop.result.seconds = (time.perf_counter() - started_at) / len(loops)
+            loop.result.summary = loop.stage.summary()
+        if self._frozen_checksum(stages) != before:
+            raise AssertionError(f"{name} changed tensors it does not train.")
+        return [loop.result for loop in loops]
 
     def steps_per_epoch(self) -> int:
         """Optimizer steps of one pass over the data.
@@ -199,36 +228,45 @@ class BaseDistillationTrainer:
             )
         return math.ceil(num_batches / self.config.gradient_accumulation_steps)
 
-    def _train_epoch(self, loop: StageLoop, epoch: int, progress: RunProgress) -> None:
-        seed = derived_seed(self.config.seed, loop.stage.name, f"epoch {epoch}")
+    def _train_epoch(self, loops: list[StageLoop], epoch: int) -> None:
+        seed = derived_seed(self.config.seed, loops[0].stage.name, f"epoch {epoch}")
         seed_generators(seed, self.device)
-        loop.stage.start_epoch()
-        loop.start_epoch()
+        for loop in loops:
+            loop.stage.start_epoch()
+            loop.start_epoch()
         size = self.config.gradient_accumulation_steps
         for micro_batches in grouped(self.batches(epoch), size):
-            loop.step(micro_batches)
-            progress.advance()
-            last = loop.step_index == loop.total_steps
-            if last or loop.step_index % self.config.log_interval == 0:
-                loop.log(self.run, progress)
-        loop.end_epoch(self.run, epoch)
-        self.after_epoch(loop.stage, epoch)
+            for loop in loops:
+                loop.step(micro_batches)
+                self.progress.advance()
+            step = loops[0].step_index
+            last = any(loop.step_index == loop.total_steps for loop in loops)
+            if last or step % self.config.log_interval == 0:
+                losses, speeds = zip(*(loop.log(self.run) for loop in loops), strict=True)
+                mean_loss, done = sum(losses) / len(losses), step * len(loops)
+                self.progress.show(done, mean_loss, sum(speeds))
+        for loop in loops:
+            loop.end_epoch(self.run, epoch)
+            self.after_epoch(loop.stage, epoch)
 
     def after_epoch(self, stage: Stage, epoch: int) -> None:
         """Called after each epoch of a stage; does nothing here."""
 
-    def _only_train(self, stage: Stage, parameters: dict[str, nn.Parameter]) -> None:
+    def _only_train(self, stages: Sequence[Stage]) -> None:
         for model in (self.teacher_model, self.student_model):
             model.eval().requires_grad_(False)
-        for module in stage.modules().values():
-            module.train()
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
+        for stage in stages:
+            for module in stage.modules().values():
+                module.train()
+            for parameter in stage.trainable_parameters().values():
+                parameter.requires_grad_(True)
 
-    def _frozen_fingerprint(self, trained: dict[str, nn.Parameter]) -> str:
-        ids = {id(parameter) for parameter in trained.values()}
+    def _frozen_checksum(self, stages: Sequence[Stage]) -> str:
+        trained = {
+            id(parameter) for stage in stages for parameter in stage.trainable_parameters().values()
+        }
         state = self.student_model.state_dict(keep_vars=True)
-        return tensors_fingerprint((n, t) for n, t in state.items() if id(t) not in ids)
+        return tensors_checksum((n, t) for n, t in state.items() if id(t) not in trained)
 
 
 def count_parameters(model: nn.Module) -> int:

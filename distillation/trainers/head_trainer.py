@@ -170,5 +170,6 @@ class HeadDistillationTrainer(BaseDistillationTrainer):
             copy_head(self.teacher, self.student)
             logger.info("The head starts as a copy of the teacher's final norm and head.")
             return
-        fit_head(self.activations, self.batches(0), HEAD_FIT_TOKENS)
+        with self.precision.autocast(self.device):
+            fit_head(self.activations, self.batches(0), HEAD_FIT_TOKENS)
         logger.info("The head starts as the least-squares fit of the teacher's logits.")

@@ -9,22 +9,25 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from cleangpt.errors import NonFiniteError
-from cleangpt.metrics_log import RunProgress
 from cleangpt.run_directory import RunDirectory
 from cleangpt.runtime.device import seed_generators
+from cleangpt.runtime.precision import Precision
 from cleangpt.schedules import learning_rate_factor
 from distillation.batch import Batch
 from distillation.config import DistillationConfig, StageSettings
 from distillation.stages import Stage
 
 logger = logging.getLogger(__name__)
+
+HAVE_FUSED_FORMS = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
 
 
 @dataclass
@@ -38,7 +41,7 @@ class StageResult:
         steps: Optimizer steps taken.
         skipped: Batches skipped: a loss or gradient was not finite, or no position was valid.
         tokens: Valid positions seen.
-        seconds: Wall time.
+        seconds: Wall time; of stages that trained together, an equal share.
         summary: What the stage itself measured.
     """
 
@@ -64,7 +67,12 @@ class StageResult:
 
 
 class StageLoop:
-    """The optimizer steps of one stage."""
+    """The optimizer steps of one stage.
+
+    On the CPU each step is checked before it is taken. On an accelerator, asking for a loss would
+    make the host wait for every step, so the check stays on the device (the fused optimizers skip a
+    step whose ``found_inf`` is set) and the numbers are gathered when something is logged.
+    """
 
     def __init__(
         self,
@@ -72,18 +80,21 @@ class StageLoop:
         config: DistillationConfig,
         settings: StageSettings,
         optimizer: Any,
-        parameters: list[nn.Parameter],
         total_steps: int,
+        precision: Precision,
     ) -> None:
         self.stage = stage
         self.config = config
-        self.device = next(iter(parameters)).device
         self.settings = settings
         self.optimizer = optimizer
-        self.parameters = parameters
+        self.parameters = list(stage.trainable_parameters().values())
+        self.device = self.parameters[0].device
         self.total_steps = total_steps
+        self.precision = precision
         self.result = StageResult(stage.name)
         self.step_index = 0
+        self._deferred = self.device.type != "cpu" and skips_nonfinite_steps(optimizer)
+        self._pending: list[tuple[int, Tensor, Tensor, int]] = []
         self._nonfinite_in_a_row = 0
         self._last_loss = self._last_norm = math.nan
         self._logged_at, self._logged_tokens = time.perf_counter(), 0
@@ -95,6 +106,7 @@ class StageLoop:
 
     def end_epoch(self, run: RunDirectory, epoch: int) -> None:
         """Close the epoch's mean and write it down."""
+        self._gather()
         mean = self._loss_sum / self._positions if self._positions else math.nan
         self.result.epoch_losses.append(mean)
         run.metrics.write("epoch", stage=self.stage.name, epoch=epoch, loss=mean)
@@ -121,16 +133,17 @@ class StageLoop:
             return
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._backward(micro_batches, counts)
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm))
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            self._skip(loss, norm)
-            return
-        self.optimizer.step()
-        self._last_norm = norm
-        self._count(loss, sum(counts))
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
+        self._pending.append((self.step_index, loss, norm, sum(counts)))
+        if self._deferred:
+            self.optimizer.found_inf = (~torch.isfinite(loss + norm)).float()
+            self.optimizer.step()
+        elif self._gather():
+            self.optimizer.step()
 
-    def log(self, run: RunDirectory, progress: RunProgress) -> None:
-        """Write the newest loss and the speed since the last line."""
+    def log(self, run: RunDirectory) -> tuple[float, float]:
+        """Write down the newest loss and the tokens per second since the last line; return both."""
+        self._gather()
         now = time.perf_counter()
         tokens = self.result.tokens - self._logged_tokens
         speed = tokens / max(now - self._logged_at, 1e-9)
@@ -145,24 +158,39 @@ class StageLoop:
             learning_rate=learning_rate,
             tokens_per_second=speed,
         )
-        progress.show(self.step_index, self._last_loss, speed)
+        return self._last_loss, speed
 
-    def _backward(self, micro_batches: list[Batch], counts: list[int]) -> float:
+    def _backward(self, micro_batches: list[Batch], counts: list[int]) -> Tensor:
         """Add up gradients; each mean loss weighs as its share of all valid positions."""
-        total = 0.0
+        total = torch.zeros((), device=self.device)
         for batch, count in zip(micro_batches, counts, strict=True):
-            if count == 0:
-                continue
-            loss = self.stage.loss(batch) * (count / sum(counts))
-            total += float(loss.detach())
-            if not math.isfinite(total):
-                break
-            loss.backward()
+            if count:
+                with self.precision.autocast(self.device):
+                    loss = self.stage.loss(batch) * (count / sum(counts))
+                loss.backward()
+                total = total + loss.detach()
         return total
 
-    def _count(self, loss: float, positions: int) -> None:
+    def _gather(self) -> bool:
+        """Read the steps not yet read; return whether the last one was finite.
+
+        Raises:
+            NonFiniteError: After ``max_nonfinite_in_a_row`` in a row.
+        """
+        finite = True
+        for step, loss_tensor, norm_tensor, positions in self._pending:
+            loss, norm = float(loss_tensor), float(norm_tensor)
+            finite = math.isfinite(loss) and math.isfinite(norm)
+            if finite:
+                self._count(loss, norm, positions)
+            else:
+                self._skip(step, loss, norm)
+        self._pending.clear()
+        return finite
+
+    def _count(self, loss: float, norm: float, positions: int) -> None:
         self._nonfinite_in_a_row = 0
-        self._last_loss = loss
+        self._last_loss, self._last_norm = loss, norm
         self._loss_sum += loss * positions
         self._positions += positions
         self.result.steps += 1
@@ -170,22 +198,36 @@ class StageLoop:
         if self.result.steps == 1:
             self.result.first_loss = loss
 
-    def _skip(self, loss: float, norm: float) -> None:
+    def _skip(self, step: int, loss: float, norm: float) -> None:
         what = f"Loss is {loss}" if not math.isfinite(loss) else f"Gradient norm is {norm}"
-        logger.error(
-            "Error: %s. Skipping batch. (%s, step %d)", what, self.stage.name, self.step_index
-        )
+        logger.error("Error: %s. Skipping batch. (%s, step %d)", what, self.stage.name, step)
         self.result.skipped += 1
         self._nonfinite_in_a_row += 1
         if self._nonfinite_in_a_row >= self.config.max_nonfinite_in_a_row:
+            self._pending.clear()
             raise NonFiniteError(
-                f"{what} at {self.stage.name}, step {self.step_index}:"
+                f"{what} at {self.stage.name}, step {step}:"
                 f" {self._nonfinite_in_a_row} batches in a row; the last finite loss was"
                 f" {self._last_loss:.4g}, the learning rate is now"
                 f" {self.optimizer.param_groups[0]['lr']:.3g}.",
                 "Lower the learning rate (lr_per_block, lm_head_lr) or the clipping threshold"
                 " (max_grad_norm_per_block, lm_head_max_grad_norm).",
             )
+
+
+def build_optimizer(
+    optimizer_cls: Callable[..., Any], stage: Stage, settings: StageSettings
+) -> Any:
+    """The stage's optimizer; PyTorch's own in their fused form, which is several times faster."""
+    groups = parameter_groups(stage, settings)
+    devices = {parameter.device.type for group in groups for parameter in group["params"]}
+    fused = optimizer_cls in HAVE_FUSED_FORMS and devices <= {"cpu", "cuda"}
+    return optimizer_cls(groups, lr=settings.lr, **({"fused": True} if fused else {}))
+
+
+def skips_nonfinite_steps(optimizer: Any) -> bool:
+    """Whether the optimizer leaves everything as it is when its ``found_inf`` is set."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 def parameter_groups(stage: Stage, settings: StageSettings) -> list[dict[str, Any]]:

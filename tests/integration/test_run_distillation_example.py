@@ -94,6 +94,7 @@ def test_the_same_command_gives_the_same_bits(place: Path, plain: Any) -> None:
         "--lr_schedule constant",
         "--warmup_ratio 0.5",
         "--min_lr_ratio 0.9",
+        "--activation_dtype bf16",
     ],
 )
 def test_every_flag_acts(place: Path, plain: Any, flags: str) -> None:
@@ -117,6 +118,18 @@ def test_flags_that_write_files(place: Path) -> None:
     run_dir = run(place, "files", "--hidden_state_pictures", "--keep_start")[1]
     assert (run_dir / "start" / "model.safetensors").is_file()
     assert (run_dir / "pictures" / "hidden_states_block_0_epoch_0.png").is_file()
+
+
+def test_flags_of_the_activation_cache(place: Path, plain: Any) -> None:
+    keep = ("--activation_cache", "disk", "--keep_activations")
+    weights, run_dir = run(place, "cache", *keep)
+    assert equal(weights, plain)
+    sizes = [(run_dir / "activations" / "teacher.states").stat().st_size]
+    limited, run_dir = run(place, "cache", *keep, "--activation_cache_gb", "2e-5")
+    assert all(torch.allclose(limited[name], plain[name], atol=1e-4) for name in plain)
+    sizes.append((run_dir / "activations" / "teacher.states").stat().st_size)
+    assert sizes[0] > 5 * sizes[1] > 0
+    assert not (run(place, "cache", "--activation_cache", "off")[1] / "activations").exists()
 
 
 def test_a_missing_column_continues_on_the_only_one_and_says_so(

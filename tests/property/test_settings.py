@@ -6,7 +6,8 @@ from typing import Any
 
 from hypothesis import given, settings, strategies as st
 
-from distillation.config import CACHES, DistillationConfig
+from cleangpt.runtime.precision import PRECISIONS
+from distillation.config import BLOCK_SCHEDULES, CACHES, DistillationConfig
 from examples.distillation_flags import build_parser
 
 SETTINGS = settings(max_examples=25, deadline=None)
@@ -28,10 +29,27 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "max_nonfinite_in_a_row": st.integers(1, 99),
     "first_hidden_position": st.integers(0, 9),
     "activation_cache": st.sampled_from(CACHES),
+    "activation_cache_gb": st.floats(0.001, 1000.0),
+    "activation_dtype": st.sampled_from(["fp32", "bf16"]),
+    "keep_activations": st.booleans(),
+    "schedule": st.sampled_from(BLOCK_SCHEDULES),
+    "precision": st.sampled_from(PRECISIONS),
+    "compile_blocks": st.booleans(),
     "log_interval": st.integers(1, 999),
     "hidden_state_pictures": st.booleans(),
     "seed": st.integers(0, 2**31),
 }
+VALUES = (
+    st.fixed_dictionaries(FIELDS)
+    .filter(
+        lambda values: values["schedule"] != "parallel_local" or values["freeze_previous_blocks"]
+    )
+    .filter(
+        lambda values: (
+            values["activation_cache"] in ("auto", "disk") or not values["keep_activations"]
+        )
+    )
+)
 NEGATIVES = {
     "use_stitching_layers": "no_stitching_layers",
     "stitching_layer_bias": "no_stitching_layer_bias",
@@ -44,14 +62,14 @@ def test_every_setting_is_covered() -> None:
 
 
 @SETTINGS
-@given(values=st.fixed_dictionaries(FIELDS))
+@given(values=VALUES)
 def test_json_round_trip(values: dict[str, Any]) -> None:
     config = DistillationConfig(**values)
     assert DistillationConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
 
 @SETTINGS
-@given(values=st.fixed_dictionaries(FIELDS))
+@given(values=VALUES)
 def test_flags_parse_back(values: dict[str, Any]) -> None:
     flags: list[str] = []
     for name, value in values.items():

@@ -1,0 +1,142 @@
+"""Where the frozen states of a run can be kept, decided from numbers alone.
+
+``plan_cache`` is a pure function of what is needed and what is free; the other functions here find
+those numbers. Nothing is kept or opened here.
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+CACHES = ("auto", "ram", "disk", "off")
+STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""How states are kept, by the name of the setting ``activation_dtype``."""
+
+_OFF = "nowhere (activation_cache=off): both models run up to the block in training for every batch"
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """Where states are kept.
+
+    Args:
+        kind: "ram", "disk" or "off".
+        budget_bytes: The bytes they may take there.
+        reason: One line that says why, with the numbers.
+    """
+
+    kind: str
+    budget_bytes: int
+    reason: str
+
+
+def plan_cache(
+    setting: str, need_bytes: int | None, free_ram: int, free_disk: int, budget: int | None
+) -> CachePlan:
+    """Choose where frozen states are kept.
+
+    Args:
+        setting: "auto", "ram", "disk" or "off".
+        need_bytes: What the whole run needs (:func:`needed_bytes`); None if it is not known.
+        free_ram: Free bytes of the memory that states would lie in.
+        free_disk: Free bytes of the run directory's disk.
+        budget: Bytes the states may take; None is half of what is free. Never more than is free.
+    """
+    if setting == "off":
+        return CachePlan("off", 0, _OFF)
+    rooms = {"ram": _room("memory", free_ram, budget), "disk": _room("disk", free_disk, budget)}
+    kind = setting if setting != "auto" else _choice(need_bytes, rooms)
+    room, words = rooms[kind]
+    place = {"ram": "in memory", "disk": "on disk"}[kind]
+    asked = "" if setting == "auto" else f" (activation_cache={setting})"
+    if need_bytes is None:
+        return CachePlan(kind, room, f"{place}{asked}: {words}; the data's size is not known")
+    need = f"{shown_bytes(need_bytes)} needed"
+    if need_bytes <= room:
+        seen = [rooms["ram"][1]] if setting == "auto" and kind == "disk" else []
+        return CachePlan(kind, room, f"{place}{asked}: {need}, {', '.join([*seen, words])}")
+    others = f", {rooms['disk'][1]}" if setting == "auto" else ""
+    rest = "what does not fit is computed for every batch"
+    return CachePlan(kind, room, f"{place}{asked}: {need}, {words}{others}; {rest}")
+
+
+def needed_bytes(positions: int, teacher_width: int, student_width: int, dtype: str) -> int:
+    """Bytes of one state per position of both models: what the rolling store holds at a time.
+
+    Args:
+        positions: Valid positions of the data.
+        teacher_width: The teacher's d_state.
+        student_width: The student's d_state, which can be more than its hidden size.
+        dtype: "fp32" or "bf16".
+    """
+    return positions * (teacher_width + student_width) * STATE_DTYPES[dtype].itemsize
+
+
+def positions_in(loader: Any) -> int | None:
+    """The positions of one pass over a loader, at most; None if it cannot tell.
+
+    The loader is not iterated: drawing a batch would consume the user's random numbers.
+    """
+    dataset: Any = getattr(loader, "dataset", None)
+    tokens = getattr(dataset, "num_tokens", None)
+    if isinstance(tokens, int):
+        return tokens
+    owners = (dataset, getattr(loader, "collate_fn", None))
+    sizes = [getattr(owner, "block_size", None) for owner in owners]
+    known = [size for size in sizes if isinstance(size, int)]
+    if not known or not hasattr(dataset, "__len__"):
+        return None
+    return len(dataset) * known[0]
+
+
+def free_memory(device: torch.device) -> int:
+    """Free bytes of the memory in which the states of models on ``device`` lie."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return min([int(psutil.virtual_memory().available), *_free_in_container()])
+
+
+def free_disk(path: Path) -> int:
+    """Free bytes of the disk on which ``path`` is or will be."""
+    place = next(p for p in (path, *path.absolute().parents) if p.exists())
+    return shutil.disk_usage(place).free
+
+
+def shown_bytes(size: int) -> str:
+    """Bytes for people, in powers of 1000: "1.5 GB", "20 MB"."""
+    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if size >= unit:
+            return f"{size / unit:.3g} {name}"
+    return f"{size} bytes"
+
+
+def _room(place: str, free: int, budget: int | None) -> tuple[int, str]:
+    """The bytes that may be taken, and where that number is from."""
+    if budget is None:
+        return free // 2, f"{shown_bytes(free // 2)} is half of the free {place}"
+    if budget > free:
+        return free, f"{shown_bytes(free)} of {place} is free, less than activation_cache_gb"
+    return budget, f"{shown_bytes(budget)} of {place} allowed by activation_cache_gb"
+
+
+def _choice(need_bytes: int | None, rooms: dict[str, tuple[int, str]]) -> str:
+    """Memory if all fits there or the size is unknown, else the disk if all fits there."""
+    if need_bytes is None or need_bytes <= rooms["ram"][0]:
+        return "ram"
+    return "disk" if need_bytes <= rooms["disk"][0] else "ram"
+
+
+def _free_in_container() -> list[int]:
+    """What a container's own limit leaves, which the machine's numbers do not show; maybe empty."""
+    try:
+        limit = int((_CGROUP / "memory.max").read_text())
+        used = int((_CGROUP / "memory.current").read_text())
+        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        return [max(0, limit - used + int(stat["inactive_file"]))]  # cached files give way
+    except (OSError, ValueError, KeyError):  # no limit ("max"), or not Linux
+        return []

@@ -1,0 +1,266 @@
+"""What a run will cost, told before it starts: operations, time, memory and disk.
+
+Times come from :mod:`distillation.probe`, everything else from shapes. Only matrix products are
+counted as operations, with two per multiply-add; causal attention reads half of its square.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from cleangpt.blocks import BlockStack
+from cleangpt.metrics_log import format_seconds
+from distillation.cache_plan import CachePlan, shown_bytes
+from distillation.losses.chunked import LOGIT_BYTES_AT_ONCE
+from distillation.probe import Costs
+
+_ADAM_BYTES = 12
+"""Per trained parameter: a gradient and two moments in float32."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is trained on, and how often.
+
+    Args:
+        positions: Tokens of one pass over the data.
+        batch_size: Windows per batch.
+        seq_len: Tokens per window.
+        epochs_per_block: Passes per student block.
+        head_epochs: Passes of the head phase; None if it does not run.
+        layer_map: Entry m is the teacher block of student block m.
+        schedule: "sequential" or "parallel_local".
+    """
+
+    positions: int
+    batch_size: int
+    seq_len: int
+    epochs_per_block: Sequence[int]
+    head_epochs: int | None
+    layer_map: Sequence[int]
+    schedule: str
+
+    @property
+    def batches(self) -> float:
+        """Batches of one pass, the last one by its share."""
+        return self.positions / (self.batch_size * self.seq_len)
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How often per batch the parts of both models run in one stage."""
+
+    teacher_blocks: int
+    student_blocks: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class StageEstimate:
+    """One stage.
+
+    Args:
+        name: The stage's name.
+        steps: Batches it trains on.
+        flops: Operations with states kept, and without.
+        seconds: The same in time.
+    """
+
+    name: str
+    steps: int
+    flops: tuple[float, float]
+    seconds: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """The whole run.
+
+    Args:
+        stages: In order.
+        kept_share: The share of the states there is room for: 1 keeps all, 0 none.
+        cache: Where states are kept.
+        cache_bytes: What all of them take.
+        memory_bytes: Most memory above what the process had before models were loaded.
+        disk_bytes: What the run writes, states included.
+    """
+
+    stages: list[StageEstimate]
+    kept_share: float
+    cache: CachePlan
+    cache_bytes: int
+    memory_bytes: int
+    disk_bytes: int
+
+    @property
+    def seconds(self) -> float:
+        """The time of all stages, as planned."""
+        return sum(self.seconds_of(stage) for stage in self.stages)
+
+    def seconds_of(self, stage: StageEstimate) -> float:
+        """The time of one stage with as many states kept as there is room for."""
+        kept, streamed = stage.seconds
+        return self.kept_share * kept + (1 - self.kept_share) * streamed
+
+    def table(self) -> str:
+        """All of it as text."""
+        lines = [f"{'stage':10}  {'steps':>9}  {'TFLOP':>9}  {'cache on':>10}  {'cache off':>10}"]
+        for stage in self.stages:
+            kept, streamed = (format_seconds(value) for value in stage.seconds)
+            tera = f"{stage.flops[0] / 1e12:,.2f}"
+            times = f"{kept:>10}  {streamed:>10}"
+            lines.append(f"{stage.name:10}  {stage.steps:9,}  {tera:>9}  {times}")
+        kept, streamed = (
+            format_seconds(sum(stage.seconds[i] for stage in self.stages)) for i in (0, 1)
+        )
+        tera = f"{sum(stage.flops[0] for stage in self.stages) / 1e12:,.2f}"
+        steps = sum(stage.steps for stage in self.stages)
+        lines.append(f"{'in all':10}  {steps:9,}  {tera:>9}  {kept:>10}  {streamed:>10}")
+        lines.append(f"frozen states: {self.cache.reason}")
+        lines.append(f"this run: {format_seconds(self.seconds)}")
+        lines.append(f"memory: {shown_bytes(self.memory_bytes)} more than before the models")
+        lines.append(f"disk: {shown_bytes(self.disk_bytes)}")
+        return "\n".join(lines)
+
+
+def plan_run(
+    teacher: BlockStack,
+    student: BlockStack,
+    work: Workload,
+    costs: Costs,
+    cache: CachePlan,
+    cache_bytes: int,
+) -> RunPlan:
+    """Count what every stage does.
+
+    Args:
+        teacher: The teacher, with or without weights.
+        student: The student, with or without weights.
+        work: What is trained on.
+        costs: What the parts cost per batch.
+        cache: Where states are kept.
+        cache_bytes: What keeping all of them takes.
+    """
+    share = 0.0 if cache.kind == "off" else min(1.0, cache.budget_bytes / max(1, cache_bytes))
+    stages = _block_stages(teacher, student, work, costs)
+    if work.head_epochs is not None:
+        stages.append(_head_stage(teacher, student, work, costs))
+    kept = int(share * cache_bytes)
+    in_memory, on_disk = (kept, 0) if cache.kind == "ram" else (0, kept)
+    weights = 4 * (parameters(teacher.model) + parameters(student.model))
+    work_space = max(_stage_memory(student, work, block) for block in range(student.num_blocks))
+    if work.head_epochs is not None:
+        work_space = max(work_space, _head_memory(student))
+    student_files = 2 * 4 * (parameters(student.model) + _head_parameters(student))
+    return RunPlan(
+        stages,
+        share,
+        cache,
+        cache_bytes,
+        weights + in_memory + work_space + _states_memory(teacher, student, work),
+        student_files + on_disk,
+    )
+
+
+def block_flops(stack: BlockStack, index: int, seq_len: int) -> float:
+    """Operations of one block's forward pass, per token."""
+    weights = sum(p.numel() for p in stack.block(index).parameters() if p.ndim >= 2)
+    return 2.0 * weights + 2.0 * seq_len * stack.hidden_size
+
+
+def parameters(model: nn.Module) -> int:
+    """Stored parameters; a shared tensor counts once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _block_stages(
+    teacher: BlockStack, student: BlockStack, work: Workload, costs: Costs
+) -> list[StageEstimate]:
+    stages = []
+    for block, (target, epochs) in enumerate(
+        zip(work.layer_map, work.epochs_per_block, strict=True)
+    ):
+        before = work.layer_map[block - 1] if block else -1
+        if work.schedule == "parallel_local":
+            # The teacher's blocks between two targets count for the later one.
+            kept = streamed = Passes((target - before) * epochs, 0, epochs)
+        else:
+            once = min(1, epochs)
+            kept = Passes((target - before) * once, min(1, block) * once, epochs)
+            streamed = Passes((target + 1) * epochs, block * epochs, epochs)
+        step = costs.first_block_step if block == 0 else costs.block_step
+        training = 3 * (
+            block_flops(student, block, work.seq_len)
+            + 2.0 * student.hidden_size * teacher.hidden_size
+        )
+        passes = (kept, streamed)
+        name = f"block-{block:02d}"
+        stages.append(_estimate(name, teacher, student, work, costs, passes, step, training))
+    return stages
+
+
+def _head_stage(
+    teacher: BlockStack, student: BlockStack, work: Workload, costs: Costs
+) -> StageEstimate:
+    epochs = work.head_epochs or 0
+    once = min(1, epochs)
+    rest = teacher.num_blocks - 1 - work.layer_map[-1]
+    kept = Passes(rest * once, once, epochs)
+    if work.schedule == "parallel_local":  # nothing was kept of the blocks' pass
+        kept = Passes(teacher.num_blocks * once, student.num_blocks * once, epochs)
+    streamed = Passes(teacher.num_blocks * epochs, student.num_blocks * epochs, epochs)
+    heads = 2.0 * teacher.vocab_size * (teacher.hidden_size + 3 * student.hidden_size)
+    passes = (kept, streamed)
+    return _estimate("lm-head", teacher, student, work, costs, passes, costs.head_step, heads)
+
+
+def _estimate(
+    name: str,
+    teacher: BlockStack,
+    student: BlockStack,
+    work: Workload,
+    costs: Costs,
+    passes: tuple[Passes, Passes],
+    step_seconds: float,
+    step_flops: float,
+) -> StageEstimate:
+    per_teacher = block_flops(teacher, 0, work.seq_len)
+    per_student = block_flops(student, 0, work.seq_len)
+    flops, seconds = [], []
+    for way in passes:
+        blocks = way.teacher_blocks * per_teacher + way.student_blocks * per_student
+        flops.append(work.positions * (blocks + way.steps * step_flops))
+        time = way.teacher_blocks * costs.teacher_block + way.student_blocks * costs.student_block
+        seconds.append(work.batches * (time + way.steps * step_seconds))
+    steps = math.ceil(work.batches) * passes[0].steps
+    return StageEstimate(name, steps, (flops[0], flops[1]), (seconds[0], seconds[1]))
+
+
+def _stage_memory(student: BlockStack, work: Workload, block: int) -> int:
+    """Gradients, moments and the graph of one block in training."""
+    blocks = [parameters(student.block(index)) for index in range(student.num_blocks)]
+    trained = blocks[block]
+    if block == 0:  # what is no block is the embeddings, mostly
+        trained += parameters(student.model) - sum(blocks)
+    if work.schedule == "parallel_local":
+        trained = parameters(student.model)
+    # What a block's graph keeps: norms, queries, keys, values, the MLP inside and out.
+    graph = work.batch_size * work.seq_len * 20 * student.hidden_size * 4
+    return _ADAM_BYTES * trained + graph
+
+
+def _head_memory(student: BlockStack) -> int:
+    """Gradients and moments of the head, and the logits of one chunk: both models' and an error."""
+    return _ADAM_BYTES * _head_parameters(student) + 3 * LOGIT_BYTES_AT_ONCE
+
+
+def _head_parameters(student: BlockStack) -> int:
+    return student.vocab_size * student.hidden_size
+
+
+def _states_memory(teacher: BlockStack, student: BlockStack, work: Workload) -> int:
+    """A batch's states on their way through one block of the teacher."""
+    widest = 10 * teacher.hidden_size + 4 * student.hidden_size
+    return 4 * work.batch_size * work.seq_len * widest

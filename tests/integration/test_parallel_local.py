@@ -1,0 +1,99 @@
+"""All blocks in one pass: no gradient between blocks, the same losses and options."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cleangpt.errors import UsageError
+from tests.builders import STUDENTS, backbone_trainer, batches, tiny_student, unchanged, weights_of
+
+
+def train(
+    place: Path, schedule: str, epochs: Any = 2, kind: str = "Vanilla", blocks: int = 3, **more: Any
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    student = tiny_student(kind, n_layer=blocks)
+    trainer = backbone_trainer(place / schedule, student, schedule=schedule, **more)
+    rows = trainer.train_backbone(epochs, 1e-2)["blocks"]
+    return weights_of(student), rows
+
+
+def timeless(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name != "seconds"}
+
+
+@pytest.mark.parametrize("kind", STUDENTS)
+def test_with_one_block_it_is_the_sequential_schedule_bit_for_bit(
+    tmp_path: Path, kind: str
+) -> None:
+    one, rows = train(tmp_path, "sequential", kind=kind, blocks=1)
+    other, others = train(tmp_path, "parallel_local", kind=kind, blocks=1)
+    assert unchanged(one, other) == one.keys()
+    assert [timeless(row) for row in rows] == [timeless(row) for row in others]
+
+
+@pytest.mark.parametrize("kind", STUDENTS)
+def test_no_gradient_crosses_a_block(tmp_path: Path, kind: str) -> None:
+    before = weights_of(tiny_student(kind, n_layer=3))
+    sequential, rows = train(tmp_path, "sequential", kind=kind)
+    together, others = train(tmp_path, "parallel_local", kind=kind)
+    same = unchanged(sequential, together)
+    first = {name for name in sequential if name.startswith(("wte", "wpe", "blocks.0."))}
+    assert first <= same
+    assert timeless(rows[0]) == timeless(others[0])
+    assert all(row["last_loss"] < row["first_loss"] for row in others)
+    for block in ("blocks.1.", "blocks.2."):
+        assert any(name.startswith(block) and name not in same for name in together)
+    assert {"final_norm.weight", "final_norm.bias"} <= unchanged(before, together)
+
+
+def test_the_teacher_runs_once_per_batch(tmp_path: Path) -> None:
+    trainer = backbone_trainer(tmp_path, tiny_student(n_layer=3), schedule="parallel_local")
+    calls = {"first": 0, "last": 0, "head": 0}
+
+    def count(name: str) -> Any:
+        def hook(*_: Any) -> None:
+            calls[name] += 1
+
+        return hook
+
+    blocks = trainer.teacher_model.transformer.h
+    blocks[0].mlp.register_forward_hook(count("first"))
+    blocks[-1].mlp.register_forward_hook(count("last"))
+    trainer.teacher_model.lm_head.register_forward_hook(count("head"))
+    trainer.train_backbone(1, 1e-2)
+    assert calls == {"first": len(batches()), "last": len(batches()), "head": 0}
+
+
+def test_a_block_stops_after_its_own_epochs(tmp_path: Path) -> None:
+    short, _ = train(tmp_path / "a", "parallel_local", [1, 1, 1], lr_schedule="constant")
+    long, rows = train(tmp_path / "b", "parallel_local", [1, 3, 0], lr_schedule="constant")
+    start = weights_of(tiny_student(n_layer=3))
+    assert [row["steps"] for row in rows] == [4, 12, 0]
+    assert rows[2]["verdict"] == "not trained"
+    assert all(torch.equal(short[n], long[n]) for n in short if n.startswith(("wte", "blocks.0.")))
+    assert all(torch.equal(start[n], long[n]) for n in start if n.startswith("blocks.2."))
+    assert any(not torch.equal(short[n], long[n]) for n in short if n.startswith("blocks.1."))
+
+
+def test_accumulation_equals_one_larger_batch(tmp_path: Path) -> None:
+    whole = batches(2, batch_size=8)
+    halves = [
+        {name: tensor.split(4)[half] for name, tensor in raw.items()}
+        for raw in whole
+        for half in (0, 1)
+    ]
+    options: dict[str, Any] = {"warmup_ratio": 0.0}
+    one, _ = train(tmp_path / "a", "parallel_local", data=whole, **options)
+    other, _ = train(
+        tmp_path / "b", "parallel_local", data=halves, gradient_accumulation_steps=2, **options
+    )
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], rtol=1e-3, atol=1e-5)
+
+
+def test_it_cannot_unfreeze_earlier_blocks(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no gradient cross"):
+        backbone_trainer(tmp_path, schedule="parallel_local", freeze_previous_blocks=False)
