@@ -13,7 +13,6 @@ decides between them in ``cache_plan``.
 """
 
 import contextlib
-import hashlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,7 +36,7 @@ from distillation.cache_plan import (
 )
 from distillation.config import DistillationConfig
 from distillation.disk_store import DiskStore
-from distillation.state_store import Budget, RamStore, Row, StateStore
+from distillation.state_store import Budget, RamStore, StateStore
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +120,16 @@ class Activations:
         state = self._teacher_states.entering(self.teacher.num_blocks, batch)
         return self.teacher.logits_of(state, batch.input_ids, batch.mask)
 
+    def memory_for_all_levels(self) -> RamStore:
+        """Memory within this store's budget for a schedule that needs all levels at a time.
+
+        Files are left to the rolling states: all levels of data too big for memory would be many
+        times as big on disk.
+        """
+        in_memory = isinstance(self._teacher_states.store, RamStore)
+        budget = self._budget if in_memory else Budget(0)
+        return RamStore(budget, self._teacher_states.store.dtype)
+
     def hand_over(self, block: int, batch: Batch, output: State) -> None:
         """Told what a student block in training made of a batch; of no use here.
 
@@ -176,32 +185,32 @@ class _RollingStates:
 
     def __init__(self, stack: BlockStack, store: StateStore, *, learns: bool) -> None:
         self._stack = stack
-        self._store = store
+        self.store = store
         self._learns = learns
         self._index: int | None = None
 
     def clear(self) -> None:
         """Forget all windows."""
-        self._store.clear()
+        self.store.clear()
 
     def finish(self, *, keep: bool) -> None:
         """End the use of the store, and leave behind what can be used again if that is asked."""
         if keep:
             self._drop_stale()
-        self._store.finish(keep=keep)
+        self.store.finish(keep=keep)
 
     def entering(self, index: int, batch: Batch) -> Tensor:
         """What enters block ``index``, shape [batch, seq, d_state]."""
-        if self._store.budget.limit == 0:
+        if self.store.budget.limit == 0:
             return self._stack.state_entering(index, batch.input_ids, batch.mask)
         if index != self._index:
             self._drop_stale()
             self._index = index
-        keys = _row_keys(batch)
+        keys = batch.row_keys
         groups: dict[tuple[int, torch.dtype] | None, list[int]] = {}
         for position, key in enumerate(keys):
-            row = self._store.rows.get(key)
-            known = None if row is None or row.level > index else (row.level, row.dtype)
+            row = self.store.rows.get(key)
+            known = None if row is None else (row.level, row.dtype)
             groups.setdefault(known, []).append(position)
         if len(groups) == 1:
             return self._entering(index, keys, batch)
@@ -218,12 +227,14 @@ class _RollingStates:
     def _drop_stale(self) -> None:
         """Forget states from before blocks learnt on; asked between two levels, it is cheap."""
         if self._learns:
-            self._store.drop_stale(level_weights(self._stack))
+            self.store.drop_stale(level_weights(self._stack))
 
     def _entering(self, index: int, keys: list[bytes], batch: Batch) -> Tensor:
         """The same for windows that are all unknown, or all known at one level."""
-        row = self._store.rows.get(keys[0])
-        state = None if row is None or row.level > index else self._load(row, keys, batch)
+        row = self.store.rows.get(keys[0])
+        state = (
+            None if row is None or row.level > index else self.store.read_batch(row, keys, batch)
+        )
         if row is None or state is None:
             state = self._stack.state_entering(index, batch.input_ids, batch.mask)
         elif row.level == index:
@@ -231,43 +242,8 @@ class _RollingStates:
         else:
             for block in range(row.level, index):
                 state = self._stack.advance(block, state, batch.input_ids, batch.mask)
-        self._keep(keys, index, state, batch)
+        self.store.write_batch(keys, index, state, batch)
         return state
-
-    def _load(self, first: Row, keys: list[bytes], batch: Batch) -> Tensor | None:
-        """Kept rows as a batch, zero at padding; None if one of them turns out to be damaged."""
-        batch_size, seq_len = batch.input_ids.shape
-        make = torch.empty if batch.is_full else torch.zeros
-        state = make(
-            (batch_size, seq_len, first.shape[1]),
-            dtype=self._store.kept_dtype(first.dtype),
-            device=self._store.device or batch.input_ids.device,
-        )
-        for key, into, mask in zip(keys, state, batch.host_mask, strict=True):
-            positions = self._store.rows[key].shape[0]
-            valid = into if positions == seq_len else into.new_empty(positions, into.shape[1])
-            if not self._store.read(key, valid):
-                return None
-            if valid is not into:
-                into[mask] = valid
-        return state.to(batch.input_ids.device, first.dtype)
-
-    def _keep(self, keys: list[bytes], level: int, state: Tensor, batch: Batch) -> None:
-        """Remember the valid positions of each row, as far as there is room."""
-        kept = state.to(self._store.device or state.device, self._store.kept_dtype(state.dtype))
-        for key, rows, mask in zip(keys, kept, batch.host_mask, strict=True):
-            valid = rows if batch.is_full else rows[mask]
-            positions, width = valid.shape
-            self._store.write(key, Row(level, (positions, width), state.dtype), valid)
-
-
-def _row_keys(batch: Batch) -> list[bytes]:
-    """A key per row: a hash of its valid token ids, so padding does not matter."""
-    ids, masks = batch.input_ids.cpu(), batch.attention_mask.cpu()
-    return [
-        hashlib.blake2b(row[mask].numpy().tobytes(), digest_size=16).digest()
-        for row, mask in zip(ids, masks, strict=True)
-    ]
 
 
 def _rows_of(batch: Batch, rows: list[int]) -> Batch:

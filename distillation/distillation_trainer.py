@@ -59,7 +59,8 @@ class DistillationTrainer:
             ``min_lr_ratio``, ``max_nonfinite_in_a_row``, ``first_hidden_position``,
             ``activation_cache``, ``activation_cache_gb``, ``activation_dtype``,
             ``keep_activations``, ``schedule``, ``precision``, ``compile_blocks``,
-            ``hidden_state_pictures``, ``seed``: see :class:`~distillation.config.DistillationConfig`.
+            ``hidden_state_pictures``, ``seed``: see
+            :class:`~distillation.config.DistillationConfig`.
 
     Raises:
         UsageError: If settings are out of range, or widths or depths cannot work together.

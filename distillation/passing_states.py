@@ -7,24 +7,31 @@ from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 
 from cleangpt.blocks import HiddenStates, State
 from distillation.activations import Activations
 from distillation.batch import Batch
+from distillation.state_store import StateStore
 
 
 class PassingStates(Activations):
     """What the blocks of one pass give each other, for as long as their batch lives.
 
-    The teacher runs once per batch, up to the last block that teaches.
+    The teacher runs once per batch, up to the last block that teaches; not even that for windows
+    seen before whose states of all those blocks fit into memory together.
 
     Args:
         activations: The run's own; gives the models.
         teacher_blocks: Indices of the blocks that teach.
+        kept: Where the teacher's states are kept: side by side, one row per window.
     """
 
-    def __init__(self, activations: Activations, teacher_blocks: Sequence[int]) -> None:
+    def __init__(
+        self, activations: Activations, teacher_blocks: Sequence[int], kept: StateStore
+    ) -> None:
         super().__init__(activations.teacher, activations.student, 0)
+        self._kept = kept
         self._teacher_blocks = sorted(set(teacher_blocks))
         self._taught: WeakKeyDictionary[Batch, dict[int, HiddenStates]] = WeakKeyDictionary()
         self._handed: WeakKeyDictionary[Batch, tuple[int, State]] = WeakKeyDictionary()
@@ -33,13 +40,26 @@ class PassingStates(Activations):
     def teacher_output(self, block: int, batch: Batch) -> HiddenStates:
         """The raw output of a teacher block."""
         if batch not in self._taught:
-            states = self.teacher.block_states(
-                batch.input_ids, batch.mask, stop_after=self._teacher_blocks[-1]
-            )
-            self._taught[batch] = {
-                i: self.teacher.hidden(states[i + 1]) for i in self._teacher_blocks
-            }
+            side_by_side = self._known(batch)
+            if side_by_side is None:
+                side_by_side = self._computed(batch)
+                self._kept.write_batch(batch.row_keys, 0, side_by_side, batch)
+            width = self.teacher.hidden_size
+            # Contiguous, so that sums run in the order they have in the other schedule.
+            parts = [part.contiguous() for part in side_by_side.split(width, dim=-1)]
+            self._taught[batch] = dict(zip(self._teacher_blocks, parts, strict=True))
         return self._taught[batch][block]
+
+    def _known(self, batch: Batch) -> Tensor | None:
+        rows = [self._kept.rows.get(key) for key in batch.row_keys]
+        if rows[0] is None or any(row is None for row in rows):
+            return None
+        return self._kept.read_batch(rows[0], batch.row_keys, batch)
+
+    def _computed(self, batch: Batch) -> Tensor:
+        last = self._teacher_blocks[-1]
+        states = self.teacher.block_states(batch.input_ids, batch.mask, stop_after=last)
+        return torch.cat([self.teacher.hidden(states[i + 1]) for i in self._teacher_blocks], dim=-1)
 
     @torch.no_grad()
     def student_input(self, block: int, batch: Batch) -> State:

@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from distillation.batch import Batch
+
 KeptState = Float[Tensor, "positions d_state"]
 
 
@@ -73,6 +75,32 @@ class StateStore(ABC):
     def kept_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """What states of ``dtype`` are kept in: never wider than they are."""
         return self.dtype if self.dtype.itemsize < dtype.itemsize else dtype
+
+    def read_batch(self, first: Row, keys: list[bytes], batch: Batch) -> Tensor | None:
+        """Kept rows as a batch, zero at padding; None if one of them turns out to be damaged."""
+        batch_size, seq_len = batch.input_ids.shape
+        make = torch.empty if batch.is_full else torch.zeros
+        state = make(
+            (batch_size, seq_len, first.shape[1]),
+            dtype=self.kept_dtype(first.dtype),
+            device=self.device or batch.input_ids.device,
+        )
+        for key, into, mask in zip(keys, state, batch.host_mask, strict=True):
+            positions = self.rows[key].shape[0]
+            valid = into if positions == seq_len else into.new_empty(positions, into.shape[1])
+            if not self.read(key, valid):
+                return None
+            if valid is not into:
+                into[mask] = valid
+        return state.to(batch.input_ids.device, first.dtype)
+
+    def write_batch(self, keys: list[bytes], level: int, state: Tensor, batch: Batch) -> None:
+        """Remember the valid positions of each row, as far as there is room."""
+        kept = state.to(self.device or state.device, self.kept_dtype(state.dtype))
+        for key, rows, mask in zip(keys, kept, batch.host_mask, strict=True):
+            valid = rows if batch.is_full else rows[mask]
+            positions, width = valid.shape
+            self.write(key, Row(level, (positions, width), state.dtype), valid)
 
     @abstractmethod
     def read(self, key: bytes, into: KeptState) -> bool:

@@ -2,15 +2,17 @@
 
 Documents are packed: their tokens stand one after the other with one end-of-sequence token between
 them, and the stream is cut into windows of ``block_size`` tokens. Only the last window is shorter,
-so hardly any position is padding. The files here know nothing about models, shuffling or where the
-texts come from; read ``batches`` next.
+so hardly any position is padding. If that is not wanted, each document starts a window of its own.
+The files here know nothing about models, shuffling or where the texts come from; read ``batches``
+next, and ``token_cache`` for how a stream is kept on disk.
 """
 
 import hashlib
 import logging
-import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,14 +23,24 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from cleangpt.data.overlap import overlap_sketch
+from cleangpt.data.token_cache import TokenStream, cached_stream
 from cleangpt.errors import InputError, UsageError
 
 logger = logging.getLogger(__name__)
 
-# Tokenizing in slices bounds the memory of the tokenizer's own per-token records, which are an
-# order of magnitude larger than the text.
-_TEXTS_PER_CALL = 256
-_CHARACTERS_PER_PIECE = 500_000
+# A fast tokenizer spreads the texts of one call over all cores (in Rust, as RAYON_NUM_THREADS says),
+# so a call must hold many; its per-token records are an order of magnitude larger than the text, so
+# not all. A piece is what one core works on. Slow tokenizers stay on one core: they are Python, and
+# a library that starts processes breaks notebooks and scripts without a main guard.
+_TEXTS_PER_CALL = 4096
+_CHARACTERS_PER_CALL = 2_000_000
+_CHARACTERS_PER_PIECE = 100_000
+
+_PACKING_VERSION = 2
+"""Part of every cache key: raise it whenever the same documents would give another stream."""
+
+_BETWEEN_WORDS = re.compile(r"(?<=\S) (?=\S)")
+_LONGEST_LOOK_BACK = 1_000
 
 
 def _check_block_size(block_size: int) -> None:
@@ -40,11 +52,17 @@ def _check_block_size(block_size: int) -> None:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Cut a huge document before a space, where byte-level tokenizers start a token anyway."""
+    """Cut a huge document before a single space between words.
+
+    A token starts there in any case for tokenizers that split at spaces first, as all byte-level
+    ones do; at longer runs of spaces that depends on what follows.
+    """
     start = 0
     while len(text) - start > _CHARACTERS_PER_PIECE:
-        cut = text.rfind(" ", start + 1, start + _CHARACTERS_PER_PIECE)
-        end = cut if cut > start else start + _CHARACTERS_PER_PIECE
+        limit = start + _CHARACTERS_PER_PIECE
+        look_from = max(start + 1, limit - _LONGEST_LOOK_BACK)
+        spaces = [match.start() for match in _BETWEEN_WORDS.finditer(text, look_from, limit)]
+        end = spaces[-1] if spaces else limit
         yield text[start:end]
         start = end
     yield text[start:]
@@ -58,7 +76,7 @@ def _batches_of_pieces(texts: Sequence[str]) -> Iterator[list[tuple[int, str]]]:
         for piece in _pieces(text):
             group.append((index, piece))
             size += len(piece)
-            if len(group) >= _TEXTS_PER_CALL or size >= _CHARACTERS_PER_PIECE:
+            if len(group) >= _TEXTS_PER_CALL or size >= _CHARACTERS_PER_CALL:
                 yield group
                 group, size = [], 0
     if group:
@@ -72,9 +90,12 @@ def _leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def pack_documents(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase
-) -> tuple[Int[Tensor, " tokens"], int]:
-    """Return the packed stream of token ids, and the number of documents that gave tokens.
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    cache_dir: str | Path | None = None,
+) -> TokenStream:
+    """Return the packed stream of token ids, and where in it each document starts.
 
     Between two documents stands one ``eos`` (nothing if the tokenizer has none); before each stands
     the ``bos`` of a tokenizer that adds one. Special tokens are otherwise not added.
@@ -82,13 +103,33 @@ def pack_documents(
     Args:
         texts: Documents. Those without a token are skipped.
         tokenizer: Any HuggingFace tokenizer.
+        cache_dir: A folder where the stream of a long text is kept, and taken from the next time.
+            None keeps nothing.
     """
     leading = _leading_ids(tokenizer)
     eos = tokenizer.eos_token_id
-    separator = ([] if eos is None else [eos]) + leading
+    closing = [] if eos is None else [int(eos)]
+    if cache_dir is None:
+        return _tokenize(texts, tokenizer, leading, closing)
+    return cached_stream(
+        Path(cache_dir),
+        texts,
+        tokenizer,
+        {"packing": _PACKING_VERSION, "leading": leading, "closing": closing},
+        lambda: _tokenize(texts, tokenizer, leading, closing),
+    )
+
+
+def _tokenize(
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    leading: list[int],
+    closing: list[int],
+) -> TokenStream:
     chunks: list[np.ndarray[Any, Any]] = []
+    starts: list[int] = []
+    length = 0
     last_document = -1
-    num_documents = 0
     for group in _batches_of_pieces(texts):
         # verbose=False silences "sequence longer than the maximum": windows are cut afterwards.
         encoded = tokenizer(
@@ -101,28 +142,47 @@ def pack_documents(
             if not ids:
                 continue
             if document != last_document:
-                prefix = separator if num_documents else leading
-                chunks.append(np.asarray(prefix, dtype=np.int64))
+                before = closing if starts else []
+                starts.append(length + len(before))
+                ids = [*before, *leading, *ids]
                 last_document = document
-                num_documents += 1
             chunks.append(np.asarray(ids, dtype=np.int64))
+            length += len(ids)
     stream = np.concatenate(chunks) if chunks else np.empty(0, dtype=np.int64)
-    return torch.from_numpy(stream), num_documents
+    return TokenStream(torch.from_numpy(stream), torch.tensor(starts, dtype=torch.int64))
+
+
+def _edges(stream: TokenStream, block_size: int, packed: bool) -> Int[Tensor, " edges"]:
+    """Where windows start, and where the last one ends; they follow each other without a gap."""
+    total = stream.tokens.numel()
+    end = torch.tensor([total])
+    if packed:
+        return torch.cat((torch.arange(0, total, block_size), end))
+    lengths = torch.diff(stream.starts, append=end)
+    counts = -(-lengths // block_size)  # windows of each document, the last one rounded up
+    first = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    within = torch.arange(int(counts.sum())) - first
+    return torch.cat((stream.starts.repeat_interleave(counts) + within * block_size, end))
 
 
 class TextDataset(Dataset[dict[str, Tensor]]):
-    """Windows of ``block_size`` tokens packed from documents; the last window may be shorter.
+    """Windows of ``block_size`` tokens cut from documents; end to end they are the whole stream.
 
     Args:
         texts: Documents, in the order in which they are packed.
         tokenizer: Any HuggingFace tokenizer; its ``eos`` separates the documents.
         block_size: Context length in tokens, >= 1.
+        packed: True lets a window run over the end of a document into the next, so that only the
+            last window is shorter. False starts each document in a window of its own: no window
+            sees two documents, and the collator pads the last one of each.
+        cache_dir: A folder where the tokens of a long text are kept, so that the next run need not
+            tokenize; it may be deleted at any time. None keeps nothing.
 
     Attributes:
         tokens: The whole packed stream, one flat tensor of int64 ids.
         num_tokens: Its length.
         num_documents: Documents that gave at least one token.
-        fingerprint: SHA-256 (hex) of the token ids, whatever the block size.
+        fingerprint: SHA-256 (hex) of the token ids, however they are cut into windows.
 
     Raises:
         UsageError: If ``block_size`` is not positive.
@@ -130,7 +190,13 @@ class TextDataset(Dataset[dict[str, Tensor]]):
     """
 
     def __init__(
-        self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, block_size: int
+        self,
+        texts: Sequence[str],
+        tokenizer: PreTrainedTokenizerBase,
+        block_size: int,
+        *,
+        packed: bool = True,
+        cache_dir: str | Path | None = None,
     ) -> None:
         _check_block_size(block_size)
         if isinstance(texts, str):
@@ -139,19 +205,21 @@ class TextDataset(Dataset[dict[str, Tensor]]):
                 "Pass a list of documents, for example TextDataset([text], tokenizer, block_size).",
             )
         self.block_size = block_size
-        self.tokens, self.num_documents = pack_documents(texts, tokenizer)
+        stream = pack_documents(texts, tokenizer, cache_dir=cache_dir)
+        self.tokens, self.num_documents = stream.tokens, stream.starts.numel()
         self.num_tokens = self.tokens.numel()
         if not self.num_tokens:
             raise InputError(
                 f"{len(texts)} documents gave 0 tokens; one window holds {block_size}.",
                 "Check the data set, its split and --dataset_text_column, or raise --max_samples.",
             )
-        if self.num_tokens < block_size:
+        if packed and self.num_tokens < block_size:
             logger.warning(
                 "%d tokens are fewer than one window of %d: the only window is that short",
                 self.num_tokens,
                 block_size,
             )
+        self._edges = _edges(stream, block_size, packed)
         self.fingerprint = hashlib.sha256(self.tokens.numpy().astype("<i8").tobytes()).hexdigest()
 
     @cached_property
@@ -162,18 +230,18 @@ class TextDataset(Dataset[dict[str, Tensor]]):
     @property
     def windows(self) -> tuple[Tensor, ...]:
         """All windows, as views of ``tokens``."""
-        return self.tokens.split(self.block_size)
+        return self.tokens.split(self._edges.diff().tolist())
 
     def __len__(self) -> int:
         """Return the number of windows."""
-        return math.ceil(self.num_tokens / self.block_size)
+        return self._edges.numel() - 1
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """Return window ``index`` (negative counts from the end) as ``{"input_ids": ids}``."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
-        start = (index % len(self)) * self.block_size
-        return {"input_ids": self.tokens[start : start + self.block_size]}
+        start, end = self._edges[index % len(self) :][:2].tolist()
+        return {"input_ids": self.tokens[start:end]}
 
 
 def _padding_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -176,7 +176,7 @@ def _tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int, notes: list
             "texts is one string; its characters would become the documents.",
             "Pass a list of documents, for example evaluate(..., texts=[text]).",
         )
-    stream, num_documents = pack_documents(texts, tokenizer)
+    stream, starts = pack_documents(texts, tokenizer)
     ids: list[int] = stream.tolist()
     if len(ids) < 2:
         raise InputError(
@@ -189,7 +189,7 @@ def _tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int, notes: list
         ids = ids[: max_tokens + 1]
         num_bytes = _num_bytes(tokenizer, ids)
     return _Tokens(
-        ids, num_documents, num_bytes, max(1, num_bytes - _num_bytes(tokenizer, ids[:1]))
+        ids, len(starts), num_bytes, max(1, num_bytes - _num_bytes(tokenizer, ids[:1]))
     )
 
 

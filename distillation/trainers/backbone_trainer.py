@@ -179,7 +179,8 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
         return self._write_row(stage, self.train_stage(stage, settings))
 
     def _train_together(self, settings: list[StageSettings]) -> list[dict[str, Any]]:
-        states = PassingStates(self.activations, self.layer_map)
+        kept = self.activations.memory_for_all_levels()
+        states = PassingStates(self.activations, self.layer_map, kept)
         stages = [self._stage(block, states) for block in range(len(settings))]
         results = self.train_together("all blocks", stages, settings)
         return [self._write_row(*done) for done in zip(stages, results, strict=True)]

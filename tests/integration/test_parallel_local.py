@@ -97,3 +97,24 @@ def test_accumulation_equals_one_larger_batch(tmp_path: Path) -> None:
 def test_it_cannot_unfreeze_earlier_blocks(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no gradient cross"):
         backbone_trainer(tmp_path, schedule="parallel_local", freeze_previous_blocks=False)
+
+
+def test_kept_levels_spare_the_teacher_and_change_nothing(tmp_path: Path) -> None:
+    def run(cache: str, **options: Any) -> tuple[dict[str, Tensor], int]:
+        student = tiny_student(n_layer=3)
+        trainer = backbone_trainer(
+            tmp_path / cache, student, schedule="parallel_local", activation_cache=cache, **options
+        )
+        calls = [0]
+
+        def count(*_: Any) -> None:
+            calls[0] += 1
+
+        trainer.teacher_model.transformer.h[-1].mlp.register_forward_hook(count)
+        trainer.train_backbone(3, 1e-2)
+        return weights_of(student), calls[0]
+
+    (kept, few), (streamed, many) = run("ram"), run("off")
+    assert (few, many) == (len(batches()), 3 * len(batches()))
+    assert unchanged(kept, streamed) == kept.keys()
+    assert run("auto", activation_cache_gb=1e-6)[1] == many  # no room
