@@ -6,7 +6,8 @@ PyTorch's autocast.
 
 import logging
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -49,6 +50,17 @@ class Precision:
             enabled=self.name == "bf16",
             cache_enabled=False,
         )
+
+    @contextmanager
+    def tensor_cores(self, device: torch.device) -> Iterator[None]:
+        """Let what stays float32 on a GPU use TF32 inside the block, unless exactness was asked."""
+        before = torch.get_float32_matmul_precision()
+        if self.name == "bf16" and device.type == "cuda":
+            torch.set_float32_matmul_precision("high")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
 
 
 def choose_precision(asked: str, device: torch.device, width: int) -> Precision:

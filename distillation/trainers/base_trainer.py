@@ -127,6 +127,7 @@ class BaseDistillationTrainer:
         with (
             torch.random.fork_rng(),
             preserved_modes(self.teacher_model, self.student_model),
+            self.precision.tensor_cores(self.device),
             self.run.opened(self.about_run(), overwrite=overwrite),
             self.activations.opened(
                 self.config,

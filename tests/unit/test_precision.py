@@ -56,3 +56,15 @@ def test_bf16_trains_to_nearly_the_same_losses_with_float32_parameters(tmp_path:
     assert all(tensor.dtype == torch.float32 for tensor in half_weights.values())
     trained = [name for name in exact_weights if name.startswith("blocks.")]
     assert not any(name in unchanged(exact_weights, half_weights) for name in trained)
+
+
+def test_tf32_is_for_bf16_runs_on_a_gpu_and_is_put_back() -> None:
+    before = torch.get_float32_matmul_precision()
+    for name, device, inside in (
+        ("bf16", "cuda", "high"),
+        ("bf16", "cpu", before),
+        ("fp32", "cuda", before),
+    ):
+        with precision.Precision(name, "").tensor_cores(torch.device(device)):
+            assert torch.get_float32_matmul_precision() == inside
+        assert torch.get_float32_matmul_precision() == before
