@@ -40,6 +40,8 @@ from distillation.state_store import Budget, RamStore, StateStore
 
 logger = logging.getLogger(__name__)
 
+_POSITIONS_AT_ONCE = 512
+
 
 class Activations:
     """Frozen states of both models, from memory where they are known.
@@ -202,7 +204,7 @@ class _RollingStates:
     def entering(self, index: int, batch: Batch) -> Tensor:
         """What enters block ``index``, shape [batch, seq, d_state]."""
         if self.store.budget.limit == 0:
-            return self._stack.state_entering(index, batch.input_ids, batch.mask)
+            return self._computed(index, batch, None)
         if index != self._index:
             self._drop_stale()
             self._index = index
@@ -232,17 +234,44 @@ class _RollingStates:
     def _entering(self, index: int, keys: list[bytes], batch: Batch) -> Tensor:
         """The same for windows that are all unknown, or all known at one level."""
         row = self.store.rows.get(keys[0])
-        state = (
-            None if row is None or row.level > index else self.store.read_batch(row, keys, batch)
-        )
-        if row is None or state is None:
-            state = self._stack.state_entering(index, batch.input_ids, batch.mask)
-        elif row.level == index:
+        state = None
+        if row is not None and row.level <= index:
+            state = self.store.read_batch(row, keys, batch)
+        if row is not None and state is not None and row.level == index:
             return state
-        else:
-            for block in range(row.level, index):
-                state = self._stack.advance(block, state, batch.input_ids, batch.mask)
+        known = None if row is None or state is None else (row.level, state)
+        state = self._computed(index, batch, known)
         self.store.write_batch(keys, index, state, batch)
+        return state
+
+    def _computed(self, index: int, batch: Batch, known: tuple[int, Tensor] | None) -> Tensor:
+        """Run the blocks from what is known, or from the tokens, some windows at a time.
+
+        What a block makes on its way is several times its output, and the peak of a stage's memory
+        if a whole batch passes at once. On an accelerator time counts more.
+        """
+        windows, seq_len = batch.input_ids.shape
+        on_cpu = batch.input_ids.device.type == "cpu"
+        size = max(1, _POSITIONS_AT_ONCE // max(1, seq_len)) if on_cpu else windows
+        if size >= windows:
+            return self._run(index, batch, known)
+        whole: Tensor | None = None
+        for start in range(0, windows, size):
+            rows = list(range(start, min(start + size, windows)))
+            entering = None if known is None else (known[0], known[1][rows])
+            part = self._run(index, _rows_of(batch, rows), entering)
+            if whole is None:
+                whole = part.new_empty(windows, *part.shape[1:])
+            whole[rows] = part
+        assert whole is not None
+        return whole
+
+    def _run(self, index: int, batch: Batch, known: tuple[int, Tensor] | None) -> Tensor:
+        if known is None:
+            return self._stack.state_entering(index, batch.input_ids, batch.mask)
+        level, state = known
+        for block in range(level, index):
+            state = self._stack.advance(block, state, batch.input_ids, batch.mask)
         return state
 
 
