@@ -31,7 +31,13 @@ DATA_ROWS: tuple[Row, ...] = (
     ("max_samples", non_negative_int, 0, "use the first so many documents; 0 is all"),
     ("block_size", positive_int, 128, "tokens per window, the student's context length"),
     ("batch_size", positive_int, 8, "windows per batch"),
-    ("num_workers", non_negative_int, 0, "processes that prepare batches"),
+    (
+        "num_workers",
+        non_negative_int,
+        0,
+        "processes that prepare batches; seldom of use, as the tokens are in memory and making a"
+        " batch of them takes a tenth of a millisecond",
+    ),
 )
 BACKBONE_ROWS: tuple[Row, ...] = (
     ("epochs_per_block", number_or_list(non_negative_int), 1, f"passes per block{PER_BLOCK}"),
@@ -73,6 +79,7 @@ RUN_ROWS: tuple[Row, ...] = (
     ("output_dir", str, "./distilled_model", "the run's directory"),
     ("log_interval", positive_int, 50, "optimizer steps between two lines"),
     ("seed", non_negative_int, 0, "seed of everything random"),
+    ("threads", non_negative_int, 0, "threads of the CPU; 0 chooses by the cores it may use"),
     ("gradient_accumulation_steps", positive_int, 1, "batches per optimizer step"),
     ("warmup_ratio", probability, 0.05, "share of a stage's steps spent warming up"),
     ("min_lr_ratio", probability, 0.1, "last learning rate as a share of the peak"),
@@ -144,6 +151,18 @@ def _add_data_flags(parser: CommandParser) -> None:
     add("--dataset_config_name", help="configuration of the data set (default: its only one)")
     add("--dataset_text_column", help="column with the text (default: found)")
     _add_rows(parser, DATA_ROWS)
+    packing = "let windows run over the ends of documents, so that none is padded"
+    add_switch(parser, "packing", "no_packing", True, packing)
+    cache = parser.add_mutually_exclusive_group()
+    cache.add_argument(
+        "--token_cache",
+        metavar="DIR",
+        help="where the tokens of long texts are kept for the next run; may be deleted at any time"
+        " (default: tokens/ in $CLEANGPT_CACHE, or in cleangpt/ of $XDG_CACHE_HOME or ~/.cache)",
+    )
+    cache.add_argument(
+        "--no_token_cache", action="store_true", help="neither keep nor use them (default: off)"
+    )
 
 
 def _add_stage_flags(parser: CommandParser) -> None:

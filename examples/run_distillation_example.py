@@ -119,11 +119,13 @@ def prepare(arguments: argparse.Namespace) -> "tuple[DistillationTrainer, nn.Mod
     from transformers.utils import logging as transformers_logging
 
     from cleangpt.runtime.device import default_device, resolve_device
+    from cleangpt.runtime.threads import set_threads
     from cleangpt.teacher import load_teacher, load_teacher_outline
 
     transformers_logging.disable_progress_bar()
     device = resolve_device(arguments.device) if arguments.device else default_device()
-    logger.info("Seed %d on %s, %d threads", arguments.seed, device, torch.get_num_threads())
+    threads = set_threads(arguments.threads, arguments.num_workers)
+    logger.info("Seed %d on %s, %s", arguments.seed, device, threads)
     load = load_teacher_outline if arguments.plan else load_teacher
     teacher = load(
         arguments.teacher_model_name_or_path,
@@ -146,27 +148,36 @@ def plan(trainer: "DistillationTrainer", arguments: argparse.Namespace) -> "RunP
 def build_dataloader(
     arguments: argparse.Namespace, source: "TextSource", teacher: "Teacher"
 ) -> "DataLoader[Any]":
-    """Pack the documents into windows; their order is a function of the seed and the epoch.
+    """Cut the documents into windows; their order is a function of the seed and the epoch.
 
     Raises:
-        InputError: If the documents do not fill one window.
+        InputError: If packed documents do not fill one window.
     """
     from cleangpt.data import DistillationDataCollator, TextDataset, make_dataloader
+    from cleangpt.data.token_cache import default_directory
     from cleangpt.errors import InputError
 
-    dataset = TextDataset(source.texts, teacher.tokenizer, arguments.block_size)
-    if dataset.num_tokens < arguments.block_size:
+    cache_dir = arguments.token_cache or default_directory()
+    dataset = TextDataset(
+        source.texts,
+        teacher.tokenizer,
+        arguments.block_size,
+        packed=arguments.packing,
+        cache_dir=None if arguments.no_token_cache else cache_dir,
+    )
+    if arguments.packing and dataset.num_tokens < arguments.block_size:
         raise InputError(
             f"{source.name} has {dataset.num_tokens} tokens, fewer than one window of"
             f" {arguments.block_size}.",
             "Give it more text, raise --max_samples, or lower --block_size.",
         )
     logger.info(
-        "%d documents of %s: %s tokens in %d windows of %d",
+        "%d documents of %s: %s tokens in %d windows of %s%d",
         len(source.texts),
         source.name,
         f"{dataset.num_tokens:,}",
         len(dataset),
+        "" if arguments.packing else "up to ",
         arguments.block_size,
     )
     return make_dataloader(

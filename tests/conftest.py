@@ -1,6 +1,7 @@
 """Settings every test shares. Imports none of our packages: the shape checker must come first."""
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 for _name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
@@ -8,6 +9,14 @@ for _name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _a_cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test, and no process one starts, reads or writes the user's cache of tokens."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CLEANGPT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(autouse=True)

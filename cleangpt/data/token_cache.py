@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import tokenizers
-import torch
 import transformers
 from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
@@ -52,13 +51,22 @@ class TokenStream(NamedTuple):
     starts: Int[Tensor, " documents"]
 
 
-def default_directory() -> Path:
-    """Where commands keep streams: ``$CLEANGPT_CACHE``, or ``cleangpt`` in the user's cache."""
+def default_directory() -> Path | None:
+    """Where commands keep streams; None if the user has no home, as in some containers.
+
+    The folder ``tokens`` in ``$CLEANGPT_CACHE``, or else in ``cleangpt`` of ``$XDG_CACHE_HOME`` or
+    of ``~/.cache``.
+    """
     own = os.environ.get("CLEANGPT_CACHE")
+    if own:
+        return Path(own) / "tokens"
     # The XDG rules say that a relative path there is to be ignored.
-    xdg = os.environ.get("XDG_CACHE_HOME", "")
-    user = Path(xdg) if Path(xdg).is_absolute() else Path.home() / ".cache"
-    return (Path(own) if own else user / "cleangpt") / "tokens"
+    user = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    try:
+        user = user if user.is_absolute() else Path.home() / ".cache"
+    except RuntimeError:
+        return None
+    return user / "cleangpt" / "tokens"
 
 
 def cached_stream(
@@ -87,7 +95,7 @@ def cached_stream(
         return make()
     key = {**about, "texts": texts_fingerprint(texts), "tokenizer": identity}
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    path = directory.expanduser() / f"{name}.safetensors"
+    path = directory / f"{name}.safetensors"
     found = _read(path)
     if found is not None:
         logger.info("Tokens of %d documents from the cache at %s", len(texts), path)

@@ -8,6 +8,7 @@ torch and the rest are imported inside ``main``. From Python, call
 """
 
 import argparse
+import logging
 import shlex
 import sys
 from pathlib import Path
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from cleangpt.teacher import Teacher
     from distillation.evaluation.loading import LoadedModel
     from distillation.evaluation.results import EvaluationResult, EvaluationSettings
+
+logger = logging.getLogger(__name__)
 
 PROGRAM = "distillation.evaluation.evaluate_distilled_model"
 DEFAULT_PROMPTS = 5
@@ -62,10 +65,12 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     from cleangpt.runtime.device import default_device, resolve_device
+    from cleangpt.runtime.threads import set_threads
     from cleangpt.teacher import load_teacher
     from distillation.evaluation.loading import check_same_vocabulary
 
     device = resolve_device(arguments.device) if arguments.device else default_device()
+    logger.info("On %s, %s", device, set_threads(arguments.threads, arguments.num_workers))
     student, baselines = _load_students(arguments, device)
     teacher = load_teacher(
         arguments.teacher_model_name,
@@ -234,6 +239,8 @@ def _add_measurement_flags(parser: CommandParser) -> None:
         default=0,
         help="processes that prepare batches (default: 0)",
     )
+    threads = "threads of the CPU; 0 chooses by the cores it may use (default: 0)"
+    add("--threads", type=non_negative_int, default=0, help=threads)
     add(
         "--speed_seconds",
         type=non_negative_float,

@@ -188,9 +188,7 @@ def _tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int, notes: list
         notes.append(f"Scored the first {max_tokens:,} of {len(ids) - 1:,} tokens (max_tokens).")
         ids = ids[: max_tokens + 1]
         num_bytes = _num_bytes(tokenizer, ids)
-    return _Tokens(
-        ids, len(starts), num_bytes, max(1, num_bytes - _num_bytes(tokenizer, ids[:1]))
-    )
+    return _Tokens(ids, len(starts), num_bytes, max(1, num_bytes - _num_bytes(tokenizer, ids[:1])))
 
 
 def _num_bytes(tokenizer: Any, ids: list[int]) -> int:

@@ -194,3 +194,9 @@ def test_wrong_names_are_refused_before_torch_is_imported(made: Path, flag: str,
     )
     assert done.stdout.strip() == "3 []", done.stderr
     assert name in done.stderr
+
+
+def test_threads_are_set_as_asked(run: Run, tmp_path: Path) -> None:
+    for count in ("1", "3"):
+        assert run(threads=count, block_size="16", max_tokens="40") == 0
+        assert saved(tmp_path)["environment"]["threads"] == int(count)

@@ -95,6 +95,7 @@ def test_the_same_command_gives_the_same_bits(place: Path, plain: Any) -> None:
         "--warmup_ratio 0.5",
         "--min_lr_ratio 0.9",
         "--activation_dtype bf16",
+        "--no_packing",
     ],
 )
 def test_every_flag_acts(place: Path, plain: Any, flags: str) -> None:
@@ -130,6 +131,41 @@ def test_flags_of_the_activation_cache(place: Path, plain: Any) -> None:
     sizes.append((run_dir / "activations" / "teacher.states").stat().st_size)
     assert sizes[0] > 5 * sizes[1] > 0
     assert not (run(place, "cache", "--activation_cache", "off")[1] / "activations").exists()
+
+
+def test_threads_are_set_as_asked(place: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from examples.run_distillation_example import build_parser, prepare
+
+    caplog.set_level("INFO")
+    data = ("--teacher_model_name_or_path", str(place / "teacher"))
+    data = (*data, "--dataset_name", str(place / "stories"), "--dataset_text_column", "text")
+    for count in (1, 3):
+        where = ("--output_dir", str(place / "runs" / "threads"), "--threads", str(count))
+        prepare(build_parser().parse_args([*data, *BASE, *where]))
+        assert torch.get_num_threads() == count
+    assert "on cpu, 3 threads (as asked)" in caplog.text
+
+
+def test_tokens_are_kept_where_asked(
+    place: Path,
+    plain: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from cleangpt.data import token_cache
+
+    caplog.set_level("INFO")
+    monkeypatch.setattr(token_cache, "MIN_CHARACTERS", 0)
+    monkeypatch.setenv("CLEANGPT_CACHE", str(tmp_path / "default"))
+    assert equal(run(place, "uncached", "--no_token_cache")[0], plain)
+    assert not any(tmp_path.iterdir())
+    for _ in range(2):
+        assert equal(run(place, "cached", "--token_cache", str(tmp_path / "own"))[0], plain)
+    assert "from the cache at" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["own"]
+    run(place, "cached")
+    assert len(list((tmp_path / "default" / "tokens").iterdir())) == 1
 
 
 def test_a_missing_column_continues_on_the_only_one_and_says_so(

@@ -1,14 +1,18 @@
 """Packing into windows, and the collator's mask."""
 
 import logging
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from cleangpt.data import windows
 from cleangpt.data.windows import DistillationDataCollator, TextDataset
 from cleangpt.errors import InputError, UsageError
+from tests.builders import tiny_student, tiny_teacher
 from tests.byte_tokenizer import END, make_tokenizer
 
 
@@ -56,6 +60,96 @@ def test_huge_documents_are_tokenized_in_pieces(
     monkeypatch.setattr(windows, "_CHARACTERS_PER_PIECE", 16)
     monkeypatch.setattr(windows, "_TEXTS_PER_CALL", 2)
     assert torch.equal(TextDataset(texts, tokenizer, 8).tokens, whole)
+    monkeypatch.setattr(windows, "_TEXTS_PER_CALL", 100)
+    monkeypatch.setattr(windows, "_CHARACTERS_PER_CALL", 20)
+    assert torch.equal(TextDataset(texts, tokenizer, 8).tokens, whole)
+
+
+def test_a_cut_between_pieces_changes_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in code, where a cut inside a run of spaces would: GPT-2's rule splits those in two."""
+    teacher_like = load_builtin_tokenizer()
+    text = "def f(x):\n    if x:\n        return  x   +  1\n\n" * 40 + "word\nby\nline " * 30
+    whole = TextDataset([text], teacher_like, 8).tokens
+    for size in range(90, 110):
+        monkeypatch.setattr(windows, "_CHARACTERS_PER_PIECE", size)
+        assert torch.equal(TextDataset([text], teacher_like, 8).tokens, whole)
+
+
+def test_one_call_holds_enough_for_many_cores() -> None:
+    """Of a huge document too: a call with two pieces of it leaves all cores but two idle."""
+    many = [len(group) for group in windows._batches_of_pieces(["a word " * 300] * 5_000)]
+    huge = [len(group) for group in windows._batches_of_pieces(["a word " * 1_500_000])]
+    assert min(many[:-1]) > 500
+    assert min(huge[:-1]) >= 20
+
+
+def load_builtin_tokenizer() -> Any:
+    from cleangpt.teacher import load_teacher
+
+    return load_teacher("builtin").tokenizer
+
+
+def test_unpacked_documents_start_windows_of_their_own(tokenizer: PreTrainedTokenizerFast) -> None:
+    texts = ["abc", "", "defgh", "ij"]
+    packed, own = (TextDataset(texts, tokenizer, 4, packed=each) for each in (True, False))
+    assert [tokenizer.decode(window) for window in own.windows] == [
+        "abc<end>", "defg", "h<end>", "ij",
+    ]  # fmt: skip
+    assert len(own) == 4
+    assert [item["input_ids"].tolist() for item in own] == [w.tolist() for w in own.windows]
+    assert own[-1]["input_ids"].tolist() == own[3]["input_ids"].tolist()
+    assert torch.equal(torch.cat(own.windows), packed.tokens)
+    assert own.fingerprint == packed.fingerprint
+    assert own.num_documents == packed.num_documents == 3
+
+
+def test_unpacked_documents_keep_their_bos() -> None:
+    tokenizer = make_tokenizer(adds_bos=True, eos_token="<end>")
+    windows_of = TextDataset(["a", "b"], tokenizer, 16, packed=False).windows
+    assert [tokenizer.decode(window) for window in windows_of] == ["<start>a<end>", "<start>b"]
+
+
+@pytest.mark.parametrize("texts", [["one document of some length"], ["abc", "ten bytes!!", "xyz"]])
+def test_packed_and_unpacked_agree_where_documents_fill_windows(
+    tokenizer: PreTrainedTokenizerFast, texts: list[str]
+) -> None:
+    packed, own = (TextDataset(texts, tokenizer, 4, packed=each) for each in (True, False))
+    assert [w.tolist() for w in packed.windows] == [w.tolist() for w in own.windows]
+
+
+def losses_of(tmp_path: Path, dataset: TextDataset, collator: Any, batch_size: int) -> list[float]:
+    """The losses of the blocks after a few passes, one optimizer step a pass."""
+    from distillation.trainers import BackboneDistillationTrainer
+
+    trainer = BackboneDistillationTrainer(
+        tiny_teacher("gpt2", vocab_size=258),
+        tiny_student(vocab_size=258),
+        None,
+        DataLoader(dataset, batch_size=batch_size, collate_fn=collator),
+        output_dir=tmp_path,
+        gradient_accumulation_steps=-(-len(dataset) // batch_size),
+        overwrite=True,
+    )
+    return list(trainer.train_backbone(3, 1e-2)["backbone_losses"])
+
+
+def test_a_run_is_the_same_packed_unpacked_and_padded(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    collator = DistillationDataCollator(tokenizer, 8)
+    one = [
+        TextDataset(["one document of some length"], tokenizer, 8, packed=p) for p in (True, False)
+    ]
+    packed, own = (losses_of(tmp_path, dataset, collator, 4) for dataset in one)
+    assert packed == own
+    several = TextDataset(
+        ["abc", "seven b", "a document of two windows"], tokenizer, 8, packed=False
+    )
+    assert len({len(window) for window in several.windows}) > 2
+    # Four rows a batch are padded to the longest, one row a batch is not padded at all.
+    for dataset in (*one, several):
+        padded, plain = (losses_of(tmp_path, dataset, collator, size) for size in (4, 1))
+        assert padded == pytest.approx(plain, rel=1e-5)
 
 
 def test_fingerprint_is_of_the_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
