@@ -13,7 +13,7 @@ from torch import nn
 from cleangpt.blocks import BlockStack
 from cleangpt.metrics_log import format_seconds
 from distillation.cache_plan import CachePlan, shown_bytes
-from distillation.losses.chunked import LOGIT_BYTES_AT_ONCE
+from distillation.losses.chunked import LOGITS_AT_ONCE
 from distillation.probe import Costs
 
 _ADAM_BYTES = 12
@@ -253,7 +253,7 @@ def _stage_memory(student: BlockStack, work: Workload, block: int) -> int:
 
 def _head_memory(student: BlockStack) -> int:
     """Gradients and moments of the head, and the logits of one chunk: both models' and an error."""
-    return _ADAM_BYTES * _head_parameters(student) + 3 * LOGIT_BYTES_AT_ONCE
+    return _ADAM_BYTES * _head_parameters(student) + 3 * 4 * LOGITS_AT_ONCE
 
 
 def _head_parameters(student: BlockStack) -> int:

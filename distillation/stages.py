@@ -21,6 +21,7 @@ from distillation.losses.chunked import (
     checkpointed_loss,
     chunked_linear_loss,
     linear_head,
+    product_dtype,
 )
 from stitching_layers import StitchingLayer
 
@@ -179,6 +180,7 @@ class HeadStage(Stage):
         self.loss_fn = loss_fn
         self.loss_weight = loss_weight
         self._heads_are_linear = head_is_linear(self.teacher), head_is_linear(self.student)
+        self._teacher_weight: Tensor | None = None
         # Padded rows of a vocabulary stand for no token.
         self._shared_rows = min(self.teacher.vocab_size, self.student.vocab_size)
 
@@ -195,8 +197,8 @@ class HeadStage(Stage):
             mean = chunked_linear_loss(
                 self.loss_fn,
                 self.student.head_features(state),
-                head.weight[:rows],
-                None if head.bias is None else head.bias[:rows],
+                first_rows(head.weight, rows),
+                None if head.bias is None else first_rows(head.bias, rows),
                 teacher_logits,
             )
         else:
@@ -212,8 +214,19 @@ class HeadStage(Stage):
         if not self._heads_are_linear[0]:
             return positionwise_logits(self.teacher, state, rows)
         head = self.teacher.lm_head
-        bias = None if head.bias is None else head.bias[:rows]
-        return linear_head(self.teacher.final_norm(state), head.weight[:rows], bias)
+        bias = None if head.bias is None else first_rows(head.bias, rows)
+        features = self.teacher.final_norm(state)
+        dtype = product_dtype(features)
+        if self._teacher_weight is None or self._teacher_weight.dtype != dtype:
+            self._teacher_weight = first_rows(head.weight, rows).to(
+                dtype
+            )  # cast once, not at every step
+        return linear_head(features, self._teacher_weight, bias)
+
+
+def first_rows(tensor: Tensor, rows: int) -> Tensor:
+    """The first rows; the tensor itself if it has no more, which spares a copy of its gradient."""
+    return tensor if len(tensor) == rows else tensor[:rows]
 
 
 def positionwise_logits(stack: BlockStack, state: Tensor, rows: int) -> Logits:

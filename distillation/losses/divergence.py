@@ -55,7 +55,11 @@ class _TemperedKL(torch.autograd.Function):
             q = log_q.exp()
             total += torch.sum(log_q.sub_(log_p).mul_(q))
             if gradient is not None:
-                gradient[rows] = log_p.exp_().sub_(q).mul_(temperature / positions)
+                same = gradient.dtype == log_p.dtype
+                into = gradient[rows] if same else log_q
+                torch.sub(log_p.exp_(), q, out=into).mul_(temperature / positions)
+                if not same:
+                    gradient[rows] = into
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return total * (temperature**2 / positions)

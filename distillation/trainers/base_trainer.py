@@ -201,6 +201,8 @@ class BaseDistillationTrainer:
                     self._train_epoch(active, epoch)
         finally:
             self.progress.end_stage()
+            for loop in loops:  # a finished stage's gradients would stay for the whole run
+                loop.optimizer.zero_grad(set_to_none=True)
         for loop in loops:
             loop.result.seconds = (time.perf_counter() - started_at) / len(loops)
             loop.result.summary = loop.stage.summary()

@@ -45,7 +45,7 @@ def test_chunked_equals_dense(
     from distillation.batch import as_batch
     from distillation.losses import LogitDistillationLoss, chunked
 
-    monkeypatch.setattr(chunked, "LOGIT_BYTES_AT_ONCE", 1)  # chunks of 64 positions
+    monkeypatch.setattr(chunked, "LOGITS_AT_ONCE", 1)  # chunks of 64 positions
     teacher = teacher_of(family)
     ours = student_family in ("Vanilla", "Factored")
     student = tiny_student(student_family) if ours else teacher_of(student_family)

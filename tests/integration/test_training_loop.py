@@ -236,3 +236,11 @@ def test_first_positions_can_be_left_out_of_the_hidden_loss(tmp_path: Path) -> N
         whole = trainer.teacher.block_hidden_states(**batches(1)[0])[-1]
     assert row["tokens"] == 4 * 10
     torch.testing.assert_close(seen[0], whole[:, 2:].reshape(40, -1), rtol=1e-4, atol=1e-4)
+
+
+def test_no_gradient_stays_on_the_student(tmp_path: Path) -> None:
+    trainer = backbone_trainer(tmp_path)
+    trainer.train_backbone(1, 1e-2)
+    assert all(parameter.grad is None for parameter in trainer.student_model.parameters())
+    assert trainer.stitches is not None
+    assert all(parameter.grad is None for parameter in trainer.stitches.parameters())
