@@ -160,6 +160,11 @@ def peak_mib(device: str) -> float:
     """The largest resident size this process ever had, or what it allocated on an accelerator."""
     if device != "cpu":
         return torch.cuda.max_memory_allocated() / MIB
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Not ru_maxrss: on Linux a process starts with the mark of the one that started it.
+        lines = status.read_text(encoding="ascii").splitlines()
+        return float(next(line.split()[1] for line in lines if line.startswith("VmHWM:"))) / 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / MIB if sys.platform == "darwin" else peak / 1024
 

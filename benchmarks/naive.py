@@ -110,7 +110,7 @@ class NaiveLoop:
         for module in modules.values():
             module.train().requires_grad_(True)
         self.parameters, groups = trained_parameters(modules, settings.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr)
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, fused=True)
         self.total_steps = len(loader) * settings.epochs
         self.epochs_done = self.steps_done = 0
 

@@ -1,6 +1,9 @@
 """What stands between a causal LM's last block and its logits."""
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
 
 from cleangpt.blocks import BlockStack
 from cleangpt.runtime.module_state import preserved_modes
@@ -17,4 +20,20 @@ def head_is_linear(stack: BlockStack) -> bool:
         stack.model.eval()
         state = stack.state_entering(stack.num_blocks, ids)
         logits = stack.logits_of(state, ids)
-        return torch.equal(logits, stack.lm_head(stack.head_features(state)))
+        head, features = stack.lm_head, stack.head_features(state)
+        # The weights themselves are used later, so a wrapped head (an adapter's) is none.
+        product = functional.linear(features, head.weight, getattr(head, "bias", None))
+        return torch.equal(logits, product)
+
+
+def logits_at(
+    stack: BlockStack, state: Float[Tensor, "positions d_state"]
+) -> Float[Tensor, "positions vocab"]:
+    """The model's own path from its last block's raw output to logits, caps and scales included.
+
+    Nothing after the blocks looks at other positions, so each is a sequence of its own here, and
+    only as many logits exist as positions are asked for.
+    """
+    alone = state.unsqueeze(1)
+    ids = torch.zeros(alone.shape[:2], dtype=torch.long, device=state.device)
+    return stack.logits_of(alone, ids)[:, 0]

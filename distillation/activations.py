@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 import xxhash
-from jaxtyping import Float
 from torch import Tensor
 
 from cleangpt.blocks import BlockStack, HiddenStates, State
@@ -115,12 +114,6 @@ class Activations:
         ``block == num_blocks`` is the last block's raw output.
         """
         return self._student_states.entering(block, batch)
-
-    @torch.no_grad()
-    def teacher_logits(self, batch: Batch) -> Float[Tensor, "batch seq vocab"]:
-        """The teacher's own logits; only its final norm and head run if its last state is known."""
-        state = self._teacher_states.entering(self.teacher.num_blocks, batch)
-        return self.teacher.logits_of(state, batch.input_ids, batch.mask)
 
     def memory_for_all_levels(self) -> RamStore:
         """Memory within this store's budget for a schedule that needs all levels at a time.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cleangpt.blocks import BlockStack
+from cleangpt.heads import head_is_linear, logits_at
 from distillation.activations import Activations
 from distillation.batch import Batch
 
@@ -19,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 RIDGE = 1e-4
 """Ridge term of the regression, as a share of the mean feature energy: hardly any bias."""
+
+_POSITIONS_FOR_SCALE = 64
 
 BIAS_RIDGE = 1e-3
 """The same for the intercept's solve. A LayerNorm's features sum to zero, so the head is nearly
@@ -82,8 +85,7 @@ def fit_head(activations: Activations, batches: Iterable[Batch], max_tokens: int
         student_state = activations.student_input(student.num_blocks, batch)
         sums.add(batch.valid(student.head_features(student_state)), teacher_features)
         if scale is None:
-            logits = batch.valid(activations.teacher_logits(batch))
-            scale = _logit_scale(teacher.lm_head(teacher_features), logits)
+            scale = _logit_scale(teacher, batch.valid(raw), teacher_features)
         if sums.count >= max_tokens:
             break
     _set_head(student, teacher.lm_head, *sums.regression(), scale or 1.0)
@@ -121,10 +123,14 @@ class FeatureSums:
         return solution[:, :-1], solution[:, -1]
 
 
-def _logit_scale(head_output: Tensor, logits: Tensor) -> float:
-    """What the teacher multiplies its head's output by (1 for most families), by least squares."""
-    head_output, logits = head_output.cpu().double(), logits.cpu().double()
-    return float((head_output * logits).sum() / head_output.square().sum())
+def _logit_scale(teacher: BlockStack, state: Tensor, features: Tensor) -> float:
+    """What the teacher multiplies its head's output by: 1, or as some positions show."""
+    if head_is_linear(teacher):
+        return 1.0
+    few = slice(0, _POSITIONS_FOR_SCALE)
+    output = teacher.lm_head(features[few]).cpu().double()
+    logits = logits_at(teacher, state[few]).cpu().double()
+    return float((output * logits).sum() / output.square().sum())
 
 
 def _set_head(

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cleangpt.blocks import BlockStack
-from cleangpt.heads import head_is_linear
+from cleangpt.heads import head_is_linear, logits_at
 from distillation.activations import Activations
 from distillation.batch import Batch
 from distillation.losses.chunked import (
@@ -230,17 +230,8 @@ def first_rows(tensor: Tensor, rows: int) -> Tensor:
 
 
 def positionwise_logits(stack: BlockStack, state: Tensor, rows: int) -> Logits:
-    """The model's own path from final states [positions, d_state] to logits, caps included.
-
-    Nothing after the blocks looks at other positions, so each can be a sequence of its own.
-    """
-
-    def logits(positions: slice) -> Tensor:
-        part = state[positions].unsqueeze(1)
-        ids = torch.zeros(part.shape[:2], dtype=torch.long, device=part.device)
-        return stack.logits_of(part, ids)[:, 0, :rows]
-
-    return logits
+    """The model's own logits at ranges of positions of ``state``, [positions, d_state]."""
+    return lambda positions: logits_at(stack, state[positions])[:, :rows]
 
 
 @dataclass

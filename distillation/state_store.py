@@ -100,6 +100,8 @@ class StateStore(ABC):
         for key, rows, mask in zip(keys, kept, batch.host_mask, strict=True):
             valid = rows if batch.is_full else rows[mask]
             positions, width = valid.shape
+            if not positions:  # a row of padding only: there is nothing to keep
+                continue
             self.write(key, Row(level, (positions, width), state.dtype), valid)
 
     @abstractmethod

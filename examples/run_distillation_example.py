@@ -80,15 +80,28 @@ def distil(arguments: argparse.Namespace) -> tuple[dict[str, Any], "nn.Module"]:
     from cleangpt.metrics_log import format_seconds
 
     trainer, student = prepare(arguments)
-    planned = plan(trainer, arguments).seconds
+    planned = estimate(trainer, arguments)
     results = train(trainer, arguments)
-    logger.info(
-        "Planned %s, took %s (%+.0f %%).",
-        format_seconds(planned),
-        format_seconds(results["seconds"]),
-        100 * (results["seconds"] / planned - 1),
-    )
+    if planned:
+        logger.info(
+            "Planned %s, took %s (%+.0f %%).",
+            format_seconds(planned),
+            format_seconds(results["seconds"]),
+            100 * (results["seconds"] / planned - 1),
+        )
     return results, student
+
+
+def estimate(trainer: "DistillationTrainer", arguments: argparse.Namespace) -> float | None:
+    """The planned seconds; None for a student or teacher that cannot be measured on a small copy.
+
+    A real run must not depend on its estimate: whatever stops the probe is only logged.
+    """
+    try:
+        return plan(trainer, arguments).seconds
+    except Exception as error:
+        logger.info("No estimate of the run's time: %s: %s", type(error).__name__, error)
+        return None
 
 
 def prepare(arguments: argparse.Namespace) -> "tuple[DistillationTrainer, nn.Module]":

@@ -182,7 +182,10 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
         kept = self.activations.memory_for_all_levels()
         states = PassingStates(self.activations, self.layer_map, kept)
         stages = [self._stage(block, states) for block in range(len(settings))]
-        results = self.train_together("all blocks", stages, settings)
+        try:
+            results = self.train_together("all blocks", stages, settings)
+        finally:
+            kept.clear()  # the head phase needs the room
         return [self._write_row(*done) for done in zip(stages, results, strict=True)]
 
     def _stage(self, block: int, activations: Activations) -> BlockStage:

@@ -124,6 +124,7 @@ class BaseDistillationTrainer:
         self.student_model.to(self.device)
         if not self.run.is_open:
             self.progress = RunProgress(num_stages)
+            logger.info("Precision: %s (%s).", self.precision.name, self.precision.reason)
         with (
             torch.random.fork_rng(),
             preserved_modes(self.teacher_model, self.student_model),
@@ -198,6 +199,9 @@ class BaseDistillationTrainer:
             with compiled(modules if self.config.compile_blocks else ()):
                 for epoch in range(max(own.epochs for own in settings)):
                     active = [loop for loop in loops if epoch < loop.settings.epochs]
+                    for loop in loops:
+                        for module in loop.stage.modules().values():
+                            module.train(loop in active)
                     self._train_epoch(active, epoch)
         finally:
             self.progress.end_stage()

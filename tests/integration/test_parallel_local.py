@@ -118,3 +118,46 @@ def test_kept_levels_spare_the_teacher_and_change_nothing(tmp_path: Path) -> Non
     assert (few, many) == (len(batches()), 3 * len(batches()))
     assert unchanged(kept, streamed) == kept.keys()
     assert run("auto", activation_cache_gb=1e-6)[1] == many  # no room
+
+
+def test_the_levels_give_their_room_back_to_the_head_phase(tmp_path: Path) -> None:
+    from distillation import DistillationTrainer
+    from tests.builders import tiny_teacher
+
+    teacher = tiny_teacher()
+    calls = [0]
+
+    def count(*_: Any) -> None:
+        calls[0] += 1
+
+    teacher.transformer.h[0].mlp.register_forward_hook(count)
+    one_level = 4 * 4 * 12 * (32 + 16) * 4
+    trainer = DistillationTrainer(
+        teacher,
+        tiny_student(n_layer=3),
+        None,
+        batches(),
+        output_dir=tmp_path / "run",
+        schedule="parallel_local",
+        activation_cache_gb=1.1 * one_level / 1e9,
+    )
+    trainer.train(1, 1e-2, lm_head_epochs=3, initialize_head_from_teacher=False)
+    blocks, head, probes = len(batches()), len(batches()), 4
+    assert calls[0] <= blocks + head + probes  # and not once more per batch and epoch of the head
+
+
+def test_a_block_that_is_done_learning_drops_nothing_out(tmp_path: Path) -> None:
+    student = tiny_student(n_layer=3, dropout=0.5)
+    trainer = backbone_trainer(tmp_path, student, schedule="parallel_local")
+    modes: list[tuple[bool, ...]] = []
+
+    def look(*_: Any) -> None:
+        modes.append(tuple(block.training for block in student.blocks))
+
+    student.blocks[2].mlp.register_forward_hook(look)
+    trainer.train_backbone([1, 2, 3], 1e-2)
+    steps = len(batches())
+    assert (
+        modes
+        == [(True,) * 3] * steps + [(False, True, True)] * steps + [(False, False, True)] * steps
+    )
