@@ -28,6 +28,7 @@ from distillation.batch import Batch
 from distillation.cache_plan import (
     STATE_DTYPES,
     CachePlan,
+    cache_setting,
     free_disk,
     free_memory,
     needed_bytes,
@@ -56,6 +57,7 @@ class Activations:
         self.teacher = teacher
         self.student = student
         self._is_open = False
+        self._positions: int | None = None
         self._budget_bytes = budget_bytes
         self._keep_in_memory(budget_bytes, torch.float32)
 
@@ -85,6 +87,7 @@ class Activations:
         if self._is_open:
             yield
             return
+        self._positions = positions
         plan = self._plan(config, folder, positions)
         logger.info("Frozen states are kept %s.", plan.reason)
         if plan.kind == "disk":
@@ -115,15 +118,18 @@ class Activations:
         """
         return self._student_states.entering(block, batch)
 
-    def memory_for_all_levels(self) -> RamStore:
-        """Memory within this store's budget for a schedule that needs all levels at a time.
+    def memory_for_all_levels(self, levels: int) -> RamStore:
+        """Memory within this store's budget for a schedule that needs many levels at a time.
 
-        Files are left to the rolling states: all levels of data too big for memory would be many
-        times as big on disk.
+        None of it where they do not all fit: of a batch in random order nearly always some window
+        would be missing. Files are left to the rolling states: all levels of data too big for
+        memory would be many times as big on disk.
         """
-        in_memory = isinstance(self._teacher_states.store, RamStore)
-        budget = self._budget if in_memory else Budget(0)
-        return RamStore(budget, self._teacher_states.store.dtype)
+        dtype = self._teacher_states.store.dtype
+        need = (self._positions or 0) * levels * self.teacher.hidden_size * dtype.itemsize
+        fits = isinstance(self._teacher_states.store, RamStore) and need <= self._budget.limit
+        budget = self._budget if fits else Budget(0)
+        return RamStore(budget, dtype)
 
     def hand_over(self, block: int, batch: Batch, output: State) -> None:
         """Told what a student block in training made of a batch; of no use here.
@@ -137,9 +143,8 @@ class Activations:
         self._student_states.clear()
 
     def _plan(self, config: DistillationConfig, folder: Path, positions: int | None) -> CachePlan:
-        setting, limit = config.activation_cache, config.activation_cache_gb
-        if setting == "auto" and config.keep_activations:
-            setting = "disk"  # memory cannot be kept
+        setting = cache_setting(config.activation_cache, config.keep_activations)
+        limit = config.activation_cache_gb
         widths = state_width(self.teacher), state_width(self.student)
         need = None
         if positions is not None:

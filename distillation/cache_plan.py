@@ -65,6 +65,11 @@ def plan_cache(
     return CachePlan(kind, room, f"{place}{asked}: {need}, {words}{others}; {rest}")
 
 
+def cache_setting(activation_cache: str, keep_activations: bool) -> str:
+    """The cache two settings ask for together: what is to stay goes to disk."""
+    return "disk" if activation_cache == "auto" and keep_activations else activation_cache
+
+
 def needed_bytes(positions: int, teacher_width: int, student_width: int, dtype: str) -> int:
     """Bytes of one state per position of both models: what the rolling store holds at a time.
 

@@ -47,16 +47,18 @@ class DistillationConfig:
         activation_cache: Where frozen states are kept between epochs and blocks: "ram", "disk" (in
             the run's directory), "off" (nowhere: they are computed for every batch), or "auto": in
             memory if all fit there, else on disk if all fit there, else as many as memory takes.
-            Results are the same.
+            The same results in "fp32", bit for bit where all or none are kept.
         activation_cache_gb: What they may take, in units of 1e9 bytes, > 0; None is half of what is
             free.
         activation_dtype: What they are kept in: "fp32" is exact, "bf16" takes half the size and
             rounds them (2^-9 relative).
-        keep_activations: Whether files of states stay after the run, to be used again with the same
-            models and settings; "auto" then means "disk".
+        keep_activations: Whether files of states stay in the run's directory when it ends, to look
+            at or for another trainer that joins the open run; "auto" then means "disk". A later run
+            there is refused, or deletes them with the rest (``overwrite``).
         precision: Of matrix products: "fp32", "bf16" (autocast; parameters, norms and losses stay
             float32), or "auto": bf16 on a GPU that has it, or where a short measurement finds it
-            faster.
+            faster. The log and the manifest say which: results differ by rounding, so name one to
+            compare machines.
         compile_blocks: Whether to compile each student block with ``torch.compile``: seconds per
             block to start with, then faster steps; needs a C++ compiler, or Triton on a GPU.
         log_interval: Optimizer steps between two logged lines, >= 1.

@@ -26,26 +26,28 @@ class Workload:
 
     Args:
         positions: Tokens of one pass over the data.
+        batches: Batches of one pass, a smaller last one by its share.
         batch_size: Windows per batch.
         seq_len: Tokens per window.
         epochs_per_block: Passes per student block.
         head_epochs: Passes of the head phase; None if it does not run.
         layer_map: Entry m is the teacher block of student block m.
         schedule: "sequential" or "parallel_local".
+        freeze_previous: Whether earlier blocks stay fixed.
+        levels_fit: Whether the states of all teaching blocks fit into memory together, which spares
+            "parallel_local" the teacher from the second epoch on.
     """
 
     positions: int
+    batches: float
     batch_size: int
     seq_len: int
     epochs_per_block: Sequence[int]
     head_epochs: int | None
     layer_map: Sequence[int]
     schedule: str
-
-    @property
-    def batches(self) -> float:
-        """Batches of one pass, the last one by its share."""
-        return self.positions / (self.batch_size * self.seq_len)
+    freeze_previous: bool = True
+    levels_fit: bool = False
 
 
 @dataclass(frozen=True)
@@ -185,14 +187,23 @@ def _block_stages(
         before = work.layer_map[block - 1] if block else -1
         if work.schedule == "parallel_local":
             # The teacher's blocks between two targets count for the later one.
-            kept = streamed = Passes((target - before) * epochs, 0, epochs)
+            streamed = Passes((target - before) * epochs, 0, epochs)
+            once = min(1, epochs) if work.levels_fit else epochs
+            kept = Passes((target - before) * once, 0, epochs)
+        elif not work.freeze_previous:
+            kept = Passes((target - before) * min(1, epochs), 0, epochs)
+            streamed = Passes((target + 1) * epochs, 0, epochs)
         else:
             once = min(1, epochs)
             kept = Passes((target - before) * once, min(1, block) * once, epochs)
             streamed = Passes((target + 1) * epochs, block * epochs, epochs)
         step = costs.first_block_step if block == 0 else costs.block_step
+        blocks_trained = 1
+        if not work.freeze_previous:  # the embeddings and all blocks so far
+            step = costs.first_block_step + block * costs.block_step
+            blocks_trained = block + 1
         training = 3 * (
-            block_flops(student, block, work.seq_len)
+            blocks_trained * block_flops(student, block, work.seq_len)
             + 2.0 * student.hidden_size * teacher.hidden_size
         )
         passes = (kept, streamed)
@@ -244,7 +255,7 @@ def _stage_memory(student: BlockStack, work: Workload, block: int) -> int:
     trained = blocks[block]
     if block == 0:  # what is no block is the embeddings, mostly
         trained += parameters(student.model) - sum(blocks)
-    if work.schedule == "parallel_local":
+    if work.schedule == "parallel_local" or not work.freeze_previous:
         trained = parameters(student.model)
     # What a block's graph keeps: norms, queries, keys, values, the MLP inside and out.
     graph = work.batch_size * work.seq_len * 20 * student.hidden_size * 4

@@ -5,7 +5,14 @@ from collections.abc import Sequence
 from cleangpt.blocks import BlockStack
 from cleangpt.errors import UsageError
 from distillation.activations import state_width
-from distillation.cache_plan import free_disk, free_memory, needed_bytes, plan_cache, positions_in
+from distillation.cache_plan import (
+    cache_setting,
+    free_disk,
+    free_memory,
+    needed_bytes,
+    plan_cache,
+    positions_in,
+)
 from distillation.plan import RunPlan, Workload, plan_run
 from distillation.probe import measure_costs, shrunk
 from distillation.trainers.backbone_trainer import BackboneDistillationTrainer
@@ -22,19 +29,6 @@ def plan_training(
             "The train_dataloader does not tell how many tokens it holds, so there is no plan.",
             "Give it a dataset with num_tokens, such as TextDataset, or with block_size.",
         )
-    batches = max(1, len(trainer.train_dataloader))
-    dataset = getattr(trainer.train_dataloader, "dataset", None)
-    seq_len = min(positions, int(getattr(dataset, "block_size", 0)) or positions // batches)
-    batch_size = getattr(trainer.train_dataloader, "batch_size", None)
-    work = Workload(
-        positions,
-        batch_size or max(1, positions // (batches * seq_len)),
-        seq_len,
-        epochs_per_block,
-        head_epochs,
-        trainer.layer_map,
-        config.schedule,
-    )
     widths = [
         state_width(BlockStack(shrunk(model, 1)))
         for model in (trainer.teacher_model, trainer.student_model)
@@ -48,12 +42,19 @@ def plan_training(
         if parameter.is_meta
     )
     cache = plan_cache(
-        config.activation_cache,
+        cache_setting(config.activation_cache, config.keep_activations),
         need,
         max(0, free_memory(trainer.device) - unloaded),
         free_disk(trainer.run.path),
         None if limit is None else int(limit * 1e9),
     )
+    all_levels = needed_bytes(
+        positions, widths[0] * len(set(trainer.layer_map)), 0, config.activation_dtype
+    )
+    levels_fit = cache.kind == "ram" and all_levels <= cache.budget_bytes
+    work = _workload(trainer, positions, epochs_per_block, head_epochs, levels_fit)
+    if config.schedule == "parallel_local" and levels_fit:
+        need = max(need, all_levels)
     costs = measure_costs(
         trainer.teacher_model,
         trainer.student_model,
@@ -64,3 +65,33 @@ def plan_training(
         device=trainer.device,
     )
     return plan_run(teacher, student, work, costs, cache, need)
+
+
+def _workload(
+    trainer: BackboneDistillationTrainer,
+    positions: int,
+    epochs_per_block: Sequence[int],
+    head_epochs: int | None,
+    levels_fit: bool,
+) -> Workload:
+    """The data as the loader describes it; nothing is read from it."""
+    loader = trainer.train_dataloader
+    owners = (getattr(loader, "dataset", None), getattr(loader, "collate_fn", None))
+    sizes = [int(getattr(owner, "block_size", 0) or 0) for owner in owners]
+    num_batches = max(1, len(loader))
+    seq_len = max(1, min(positions, max(sizes) or positions // num_batches))
+    batch_size = getattr(loader, "batch_size", None) or max(1, positions // (num_batches * seq_len))
+    share = positions / (batch_size * seq_len)
+    return Workload(
+        positions=positions,
+        # Documents that are not packed fill more batches than their tokens would.
+        batches=share if num_batches - 1 < share <= num_batches else float(num_batches),
+        batch_size=batch_size,
+        seq_len=seq_len,
+        epochs_per_block=epochs_per_block,
+        head_epochs=head_epochs,
+        layer_map=trainer.layer_map,
+        schedule=trainer.config.schedule,
+        freeze_previous=trainer.config.freeze_previous_blocks,
+        levels_fit=levels_fit,
+    )

@@ -179,7 +179,7 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
         return self._write_row(stage, self.train_stage(stage, settings))
 
     def _train_together(self, settings: list[StageSettings]) -> list[dict[str, Any]]:
-        kept = self.activations.memory_for_all_levels()
+        kept = self.activations.memory_for_all_levels(len(set(self.layer_map)))
         states = PassingStates(self.activations, self.layer_map, kept)
         stages = [self._stage(block, states) for block in range(len(settings))]
         try:

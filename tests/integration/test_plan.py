@@ -21,6 +21,7 @@ COSTS = Costs(
 )
 WORK = Workload(
     positions=9 * 4 * 12,
+    batches=9.0,
     batch_size=4,
     seq_len=12,
     epochs_per_block=(2, 3),
@@ -52,6 +53,17 @@ def test_blocks_in_parallel_run_the_teacher_once_per_batch() -> None:
     first, second, _ = planned(dataclasses.replace(WORK, schedule="parallel_local")).stages
     assert first.seconds[0] == pytest.approx(9 * 2 * (1 + 5))
     assert second.seconds[0] == pytest.approx(9 * 3 * (2 + 2))
+    all_kept = dataclasses.replace(WORK, schedule="parallel_local", levels_fit=True)
+    first, second, _ = planned(all_kept).stages
+    assert first.seconds == (pytest.approx(9 * (1 + 2 * 5)), pytest.approx(9 * 2 * (1 + 5)))
+    assert second.seconds[0] == pytest.approx(9 * (2 + 3 * 2))
+
+
+def test_blocks_that_go_on_learning_cost_their_steps() -> None:
+    first, second, _ = planned(dataclasses.replace(WORK, freeze_previous=False)).stages
+    assert first.seconds[0] == pytest.approx(9 * (1 + 2 * 5))
+    assert second.seconds[0] == pytest.approx(9 * (2 + 3 * (5 + 2)))
+    assert second.flops[0] > planned().stages[1].flops[0]
 
 
 def test_room_for_half_the_states_takes_the_time_between() -> None:
