@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from cleangpt.metrics_log import RunProgress
 from cleangpt.run_directory import RunDirectory
 from cleangpt.runtime.compiling import compiled
 from cleangpt.runtime.device import seed_generators
+from cleangpt.runtime.fused_gelu import fused_gelu
 from cleangpt.runtime.module_state import (
     preserved_modes,
     tensors_checksum,
@@ -125,9 +126,12 @@ class BaseDistillationTrainer:
         if not self.run.is_open:
             self.progress = RunProgress(num_stages)
             logger.info("Precision: %s (%s).", self.precision.name, self.precision.reason)
+        exact = self.precision.name == "fp32"
         with (
             torch.random.fork_rng(),
             preserved_modes(self.teacher_model, self.student_model),
+            # Asked for exactness, the teacher computes as it does anywhere else.
+            nullcontext() if exact else fused_gelu(self.teacher_model, self.student_model),
             self.precision.tensor_cores(self.device),
             self.run.opened(self.about_run(), overwrite=overwrite),
             self.activations.opened(
