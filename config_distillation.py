@@ -10,6 +10,7 @@ from numbers import Integral
 from typing import Any
 
 ATTN_GAINS = ("per_head", "fixed_one")
+FINAL_NORMS = ("layer_norm", "folded")
 
 MODEL_TYPES = ("Factored", "SASP", "Vanilla")
 """The students that the commands offer: those of ``model.STUDENTS``, named without torch."""
@@ -45,7 +46,7 @@ class GPTConfig:
         dropout: Probability of zeroing embeddings, attention weights and block outputs while
             training, in [0, 1). 0 is off.
         bias: Whether the blocks' linear maps and LayerNorms have biases. The final norm always
-            has one, since the closed-form head needs it.
+            has one, or the head does, since the closed-form head needs it.
         padding_idx: Id written after the end of a generated text (``config.pad_token_id``). The
             embedding of this token is trained like any other: it may be a real token (GPT-2 pads
             with its end of text), and masks come from lengths, never from ids.
@@ -59,6 +60,12 @@ class GPTConfig:
             "not stated".
         attn_gain: "per_head" (default) trains one gain per head; "fixed_one" is the published form
             of the Factored block, and SASP with its three gains frozen at one.
+        head_rank: Rank of the head, at least 1 and at most ``n_embd`` and ``vocab_size``. The head
+            is then two matrices of ``head_rank * (n_embd + vocab_size)`` weights, and never the
+            embeddings. None (default) is one full matrix.
+        final_norm: "layer_norm" (default), or "folded": an RMS norm on a trainable square map of
+            the hidden state and a constant, and a bias per token. It can hold the teacher's final
+            norm and head behind a stitching layer exactly. Its head is never the embeddings.
 
     Raises:
         ValueError: If a value is out of range. All problems are listed in one message.
@@ -84,6 +91,8 @@ class GPTConfig:
     output_hidden_states: bool = False
     teacher_n_embd: int | None = None
     attn_gain: str = field(default="per_head", kw_only=True)
+    head_rank: int | None = field(default=None, kw_only=True)
+    final_norm: str = field(default="layer_norm", kw_only=True)
 
     def __post_init__(self) -> None:
         """Refuse values that cannot describe a student."""
@@ -106,7 +115,7 @@ class GPTConfig:
 
     def _wrong_numbers(self) -> list[str]:
         required = ("block_size", "n_layer", "n_head", "n_embd")
-        optional = ("vocab_size", "teacher_n_embd")
+        optional = ("vocab_size", "teacher_n_embd", "head_rank")
         problems = [
             f"{name}={value!r} is not a whole number >= 1"
             for name in required + optional
@@ -136,6 +145,10 @@ class GPTConfig:
             problems.append(f"model_type={self.model_type!r} is not a name")
         if self.attn_gain not in ATTN_GAINS:
             problems.append(f"attn_gain={self.attn_gain!r} is not one of {', '.join(ATTN_GAINS)}")
+        if self.final_norm not in FINAL_NORMS:
+            problems.append(
+                f"final_norm={self.final_norm!r} is not one of {', '.join(FINAL_NORMS)}"
+            )
         return problems
 
     def _wrong_together(self) -> list[str]:
@@ -145,6 +158,12 @@ class GPTConfig:
         padding, vocab = self.padding_idx, self.vocab_size
         if padding is not None and vocab is not None and padding >= vocab:
             problems.append(f"padding_idx={padding} is not below vocab_size={vocab}")
+        if self.head_rank is not None:
+            problems += [
+                f"head_rank={self.head_rank} is above {name}={size}"
+                for name, size in (("n_embd", self.n_embd), ("vocab_size", vocab))
+                if size is not None and self.head_rank > size
+            ]
         return problems
 
 

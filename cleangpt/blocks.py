@@ -79,7 +79,9 @@ class BlockStack:
     @property
     def vocab_size(self) -> int:
         """Rows of the head, padded rows included."""
-        return int(self.lm_head.weight.shape[0])
+        head = self.lm_head
+        # The weight of a head of low rank is a product that would be made to be measured.
+        return int((head.up if hasattr(head, "up") else head).weight.shape[0])
 
     @property
     def context_length(self) -> int | None:

@@ -2,11 +2,25 @@
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from cleangpt.blocks import BlockStack
 from cleangpt.runtime.module_state import preserved_modes
+
+
+def head_is_tied(stack: BlockStack) -> bool:
+    """Whether the head is the embedding matrix itself."""
+    head, embeddings = stack.lm_head, stack.model.get_input_embeddings()
+    return head_factors(head) is None and head.weight is embeddings.weight
+
+
+def head_factors(head: nn.Module) -> tuple[nn.Linear, nn.Linear] | None:
+    """The two linear maps, first and second, of a head of low rank; None if the head is one map."""
+    down, up = getattr(head, "down", None), getattr(head, "up", None)
+    if isinstance(down, nn.Linear) and isinstance(up, nn.Linear):
+        return down, up
+    return None
 
 
 def head_is_linear(stack: BlockStack) -> bool:
@@ -23,7 +37,15 @@ def head_is_linear(stack: BlockStack) -> bool:
         head, features = stack.lm_head, stack.head_features(state)
         # The weights themselves are used later, so a wrapped head (an adapter's) is none.
         product = functional.linear(features, head.weight, getattr(head, "bias", None))
-        return torch.equal(logits, product)
+        if head_factors(head) is None:
+            return torch.equal(logits, product)
+        # Two products in a row round otherwise than one; a cap or a scale after them still shows.
+        return torch.equal(logits, head(features)) and _equal_but_for_rounding(logits, product)
+
+
+def _equal_but_for_rounding(one: Tensor, other: Tensor) -> bool:
+    scale = float(one.abs().max())
+    return torch.allclose(one, other, rtol=1e-5, atol=1e-5 * scale)
 
 
 def logits_at(

@@ -215,7 +215,7 @@ class _RollingStates:
         if len(groups) == 1:
             return self._entering(index, keys, batch)
         parts = {
-            tuple(group): self._entering(index, [keys[i] for i in group], _rows_of(batch, group))
+            tuple(group): self._entering(index, [keys[i] for i in group], rows_of(batch, group))
             for group in groups.values()
         }
         first = next(iter(parts.values()))
@@ -257,7 +257,7 @@ class _RollingStates:
         for start in range(0, windows, size):
             rows = list(range(start, min(start + size, windows)))
             entering = None if known is None else (known[0], known[1][rows])
-            part = self._run(index, _rows_of(batch, rows), entering)
+            part = self._run(index, rows_of(batch, rows), entering)
             if whole is None:
                 whole = part.new_empty(windows, *part.shape[1:])
             whole[rows] = part
@@ -273,7 +273,7 @@ class _RollingStates:
         return state
 
 
-def _rows_of(batch: Batch, rows: list[int]) -> Batch:
+def rows_of(batch: Batch, rows: list[int]) -> Batch:
     """Some rows of a batch."""
     return Batch(
         batch.input_ids[rows],

@@ -13,6 +13,10 @@ from distillation.cache_plan import CACHES, STATE_DTYPES
 from distillation.losses import DistillationLoss, LogitDistillationLoss
 
 BLOCK_SCHEDULES = ("sequential", "parallel_local")
+STUDENT_STARTS = ("none", "pca", "slice", "layers")
+STITCH_STARTS = ("random", "least_squares")
+HEAD_STARTS = ("least_squares", "fold")
+HEAD_TYINGS = ("untie", "tie")
 PerBlock = float | Sequence[float]
 """One number for all blocks, or one per student block."""
 
@@ -22,7 +26,8 @@ class DistillationConfig:
     """What is taught and how the training loop runs.
 
     Args:
-        distill_loss_type: Loss on hidden states, "mse" or "kl_div".
+        distill_loss_type: Loss on hidden states: a name that
+            :class:`~distillation.losses.DistillationLoss` knows.
         distill_loss_temperature: Temperature of the hidden "kl_div", > 0.
         use_stitching_layers: Whether each block learns through its own stitching layer.
         stitching_layer_bias: Whether stitching layers have a bias.
@@ -33,8 +38,29 @@ class DistillationConfig:
             moment, with no gradient between blocks.
         logit_loss_type: Loss on logits, "kl_div", "mse" or "ce".
         logit_loss_temperature: Temperature of "kl_div" and "ce", > 0.
-        logit_loss_weight: Factor on the logit loss, >= 0, relative to the hidden-state loss (whose
-            factor is 1). It scales loss and gradient of the head phase.
+        logit_loss_weight: Factor on the logit loss, >= 0, relative to the hidden-state loss. It
+            scales loss and gradient of the head phase, and the logits' part of the polish.
+        init_from_teacher: What the student's weights start from, before anything is trained:
+            "none" (as built), "pca" (the teacher's, seen through the main directions of its hidden
+            states), "slice" (the teacher's strongest channels, heads and neurons) or "layers"
+            (whole layers of a teacher of the same width).
+        stitch_start: What each stitch starts from when its block's turn comes: "random" (Xavier;
+            the identity at equal widths) or "least_squares" (the best read-out of the untrained
+            block).
+        head_start: How a head that cannot be copied starts from the teacher's: "least_squares", or
+            "fold" (the teacher's head through the last block's trained stitch, exactly; needs a
+            student with ``final_norm="folded"``).
+        head_tying: "untie" gives the head a weight of its own; "tie" leaves it the embeddings,
+            which only the polish trains.
+        polish_hidden_weight: Factor on the mean hidden-state loss of all blocks during the polish,
+            >= 0; 0 leaves hidden states alone.
+        polish_hidden_fade: Whether that factor falls linearly to zero over the polish.
+        audit_tokens: Tokens through the teacher that its hidden states are measured on, >= 0. 0
+            skips the audit where nothing needs it.
+        early_stop_patience: Epochs without a better validation loss after which a block or the head
+            stops learning, >= 0; 0 never stops. Needs a validation_dataloader.
+        overfit_gate: Whether every stage must first show, on one small batch and a copy of its
+            weights, that it can learn; else the run stops before it has cost much.
         gradient_accumulation_steps: Micro-batches per optimizer step, >= 1.
         lr_schedule: "constant", "cosine" or "linear", per stage.
         warmup_ratio: Share of a stage's steps spent warming up, in [0, 1).
@@ -78,6 +104,15 @@ class DistillationConfig:
     logit_loss_type: str = "kl_div"
     logit_loss_temperature: float = 2.0
     logit_loss_weight: float = 1.0
+    init_from_teacher: str = "none"
+    stitch_start: str = "random"
+    head_start: str = "least_squares"
+    head_tying: str = "untie"
+    polish_hidden_weight: float = 0.0
+    polish_hidden_fade: bool = True
+    audit_tokens: int = 8192
+    early_stop_patience: int = 0
+    overfit_gate: bool = False
     gradient_accumulation_steps: int = 1
     lr_schedule: str = "cosine"
     warmup_ratio: float = 0.05
@@ -96,27 +131,35 @@ class DistillationConfig:
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
-        hidden, logit = DistillationLoss.LOSS_TYPES, LogitDistillationLoss.LOSS_TYPES
+        choices = {
+            "distill_loss_type": DistillationLoss.LOSS_TYPES,
+            "logit_loss_type": LogitDistillationLoss.LOSS_TYPES,
+            "init_from_teacher": STUDENT_STARTS,
+            "stitch_start": STITCH_STARTS,
+            "head_start": HEAD_STARTS,
+            "head_tying": HEAD_TYINGS,
+            "activation_cache": CACHES,
+            "activation_dtype": tuple(STATE_DTYPES),
+            "schedule": BLOCK_SCHEDULES,
+            "precision": PRECISIONS,
+            "lr_schedule": SCHEDULES,
+        }
         rules = [
-            ("distill_loss_type", self.distill_loss_type in hidden, f"one of {', '.join(hidden)}"),
-            ("logit_loss_type", self.logit_loss_type in logit, f"one of {', '.join(logit)}"),
-            ("activation_cache", self.activation_cache in CACHES, f"one of {', '.join(CACHES)}"),
+            (name, getattr(self, name) in known, f"one of {', '.join(known)}")
+            for name, known in choices.items()
+        ]
+        rules += [
             (
                 "activation_cache_gb",
                 self.activation_cache_gb is None or positive(self.activation_cache_gb),
                 "above 0",
             ),
-            (
-                "activation_dtype",
-                self.activation_dtype in STATE_DTYPES,
-                f"one of {', '.join(STATE_DTYPES)}",
-            ),
-            ("schedule", self.schedule in BLOCK_SCHEDULES, f"one of {', '.join(BLOCK_SCHEDULES)}"),
-            ("precision", self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
-            ("lr_schedule", self.lr_schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
             ("distill_loss_temperature", positive(self.distill_loss_temperature), "above 0"),
             ("logit_loss_temperature", positive(self.logit_loss_temperature), "above 0"),
             ("logit_loss_weight", not_negative(self.logit_loss_weight), "0 or more"),
+            ("polish_hidden_weight", not_negative(self.polish_hidden_weight), "0 or more"),
+            ("audit_tokens", self.audit_tokens >= 0, "0 or more"),
+            ("early_stop_patience", self.early_stop_patience >= 0, "0 or more"),
             ("gradient_accumulation_steps", self.gradient_accumulation_steps >= 1, "1 or more"),
             ("warmup_ratio", 0 <= self.warmup_ratio < 1, "in [0, 1)"),
             ("first_hidden_position", self.first_hidden_position >= 0, "0 or more"),
@@ -142,6 +185,15 @@ class DistillationConfig:
 class LoopOptions(TypedDict, total=False):
     """The keyword-only settings all trainers take, described in :class:`DistillationConfig`."""
 
+    init_from_teacher: str
+    stitch_start: str
+    head_start: str
+    head_tying: str
+    polish_hidden_weight: float
+    polish_hidden_fade: bool
+    audit_tokens: int
+    early_stop_patience: int
+    overfit_gate: bool
     gradient_accumulation_steps: int
     lr_schedule: str
     warmup_ratio: float

@@ -1,4 +1,4 @@
-"""The order of stages: blocks, then the head, then the finished student on disk.
+"""The order of stages: blocks, then the head, then the whole, then the finished student on disk.
 
 What a stage trains is in ``stages.py``, how it is trained in ``trainers/base_trainer.py``.
 """
@@ -6,6 +6,7 @@ What a stage trains is in ``stages.py``, how it is trained in ``trainers/base_tr
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,22 +18,31 @@ from typing_extensions import Unpack
 from cleangpt.errors import CheckpointError
 from cleangpt.metrics_log import RunProgress
 from cleangpt.run_directory import RunDirectory
+from distillation.activations import Activations, rows_of
 from distillation.config import LoopOptions, PerBlock, spread
+from distillation.logit_stages import HeadStage, HiddenTargets, untied_for_now
+from distillation.overfit_gate import WINDOWS, check_stages_learn
 from distillation.plan import RunPlan
 from distillation.planning import plan_training
+from distillation.stages import Stage
 from distillation.trainers.backbone_trainer import BackboneDistillationTrainer
+from distillation.trainers.base_trainer import BaseDistillationTrainer
 from distillation.trainers.head_trainer import HeadDistillationTrainer
+from distillation.trainers.polish_trainer import PolishDistillationTrainer
 from distillation.utils.checkpoint import load_checkpoint, save_checkpoint
 
 logger = logging.getLogger(__name__)
 
+GATE_BYTES = 256 * 2**20
+"""Memory for the states of the few windows that the overfit gate looks at."""
 FINAL_NAME = "student_model_final_distilled.pt"
 
 
 class DistillationTrainer:
-    """Distils a teacher into a student: the blocks in order, then the head.
+    """Distils a teacher into a student: the blocks in order, then the head, then the whole.
 
-    ``backbone_trainer`` and ``head_trainer`` may be replaced before :meth:`train` is called.
+    ``backbone_trainer``, ``head_trainer`` and ``polish_trainer`` may be replaced before
+    :meth:`train` is called.
 
     Args:
         teacher_model: A HuggingFace causal LM. It is never changed.
@@ -42,7 +52,8 @@ class DistillationTrainer:
         device: Where the training runs; both models are moved there.
         output_dir: The run's directory.
         log_interval: Optimizer steps between two logged lines.
-        distill_loss_type: Loss on hidden states: "mse" or "kl_div".
+        distill_loss_type: Loss on hidden states: "mse", "kl_div", "nmse", "cosine", "smooth_l1" or
+            "whiten"; see :class:`~distillation.losses.DistillationLoss`.
         distill_loss_temperature: Temperature of the hidden "kl_div", > 0.
         use_stitching_layers: Whether each block learns through a projection to the teacher's width;
             needed when the widths differ.
@@ -52,10 +63,15 @@ class DistillationTrainer:
         logit_loss_temperature: Temperature of "kl_div" and "ce", > 0.
         logit_loss_weight: Factor on the logit loss, relative to the hidden-state loss.
         optimizer_cls: Called as ``optimizer_cls(parameter_groups, lr=...)``.
+        validation_dataloader: Held-out batches of the same form. Each stage then keeps the weights
+            of the epoch with the lowest loss on them. None keeps the last epoch's.
         overwrite: Whether an earlier run in ``output_dir`` may be deleted.
         keep_start: Whether to save the untrained student too, in ``start/``, for comparison.
         show_progress: Whether to draw bars; None draws them on a terminal and in a notebook.
-        **options: ``gradient_accumulation_steps``, ``lr_schedule``, ``warmup_ratio``,
+        **options: ``init_from_teacher``, ``stitch_start``, ``head_start``, ``head_tying``,
+            ``polish_hidden_weight``, ``polish_hidden_fade``, ``audit_tokens``,
+            ``early_stop_patience``, ``overfit_gate``,
+            ``gradient_accumulation_steps``, ``lr_schedule``, ``warmup_ratio``,
             ``min_lr_ratio``, ``max_nonfinite_in_a_row``, ``first_hidden_position``,
             ``activation_cache``, ``activation_cache_gb``, ``activation_dtype``,
             ``keep_activations``, ``schedule``, ``precision``, ``compile_blocks``,
@@ -86,6 +102,7 @@ class DistillationTrainer:
         logit_loss_weight: float = 1.0,
         optimizer_cls: Callable[..., Any] = torch.optim.AdamW,
         *,
+        validation_dataloader: Any = None,
         overwrite: bool = False,
         keep_start: bool = False,
         show_progress: bool | None = None,
@@ -103,6 +120,7 @@ class DistillationTrainer:
             "output_dir": output_dir,
             "log_interval": log_interval,
             "optimizer_cls": optimizer_cls,
+            "validation_dataloader": validation_dataloader,
             **options,
         }
         self.backbone_trainer = BackboneDistillationTrainer(
@@ -114,13 +132,13 @@ class DistillationTrainer:
             freeze_previous_blocks=freeze_previous_blocks,
             **shared,
         )
-        self.head_trainer = HeadDistillationTrainer(
-            *models,
-            logit_loss_type=logit_loss_type,
-            logit_loss_temperature=logit_loss_temperature,
-            logit_loss_weight=logit_loss_weight,
-            **shared,
-        )
+        shared |= {
+            "logit_loss_type": logit_loss_type,
+            "logit_loss_temperature": logit_loss_temperature,
+            "logit_loss_weight": logit_loss_weight,
+        }
+        self.head_trainer = HeadDistillationTrainer(*models, **shared)
+        self.polish_trainer = PolishDistillationTrainer(*models, **shared)
 
     def train(
         self,
@@ -134,6 +152,11 @@ class DistillationTrainer:
         lm_head_wd: float = 0.01,
         lm_head_max_grad_norm: float = 1.0,
         initialize_head_from_teacher: bool = True,
+        *,
+        polish_epochs: int = 0,
+        polish_lr: float = 1e-3,
+        polish_wd: float = 0.01,
+        polish_max_grad_norm: float = 1.0,
     ) -> dict[str, Any]:
         """Run all stages and write the student.
 
@@ -149,10 +172,16 @@ class DistillationTrainer:
             lm_head_wd: Weight decay of the head's matrix.
             lm_head_max_grad_norm: Clipping threshold of the head phase.
             initialize_head_from_teacher: Whether the head starts from the teacher's.
+            polish_epochs: Passes over the data in which the whole student learns, at the end; 0
+                leaves this stage out.
+            polish_lr: Peak learning rate of the polish.
+            polish_wd: Weight decay of matrices in the polish.
+            polish_max_grad_norm: Clipping threshold of the polish.
 
         Returns:
-            ``backbone_losses`` (last epoch's mean loss per block), ``head_loss`` (the same for the
-            head, None without one), ``blocks`` and ``head`` (rows with first, best and last loss),
+            ``backbone_losses`` (last epoch's mean loss per block), ``head_loss`` and
+            ``polish_loss`` (the same for the head and the whole, None without that stage),
+            ``blocks``, ``head`` and ``polish`` (rows with first, best and last loss),
             ``output_dir``, ``student_path``, ``skipped_batches`` and ``seconds``.
 
         Raises:
@@ -161,20 +190,12 @@ class DistillationTrainer:
             NonFiniteError: If losses stay NaN or infinite.
             EnvironmentProblem: If ``output_dir`` cannot be written.
         """
-        backbone = {
-            "epochs_per_block": epochs_per_block,
-            "lr_per_block": lr_per_block,
-            "wd_per_block": wd_per_block,
-            "max_grad_norm_per_block": max_grad_norm_per_block,
-        }
-        head = {
-            "lm_head_epochs": lm_head_epochs,
-            "lm_head_lr": lm_head_lr,
-            "lm_head_wd": lm_head_wd,
-            "lm_head_max_grad_norm": lm_head_max_grad_norm,
-        }
+        backbone, head, polish = by_stage(dict(locals()))
         return self._run_stages(
-            backbone, head if train_lm_head else None, initialize_head_from_teacher
+            backbone,
+            head if train_lm_head else None,
+            polish if polish_epochs else None,
+            initialize_head_from_teacher,
         )
 
     def plan(
@@ -182,6 +203,7 @@ class DistillationTrainer:
         epochs_per_block: int | Sequence[int],
         train_lm_head: bool = True,
         lm_head_epochs: int = 1,
+        polish_epochs: int = 0,
     ) -> RunPlan:
         """Tell what :meth:`train` with these arguments will cost, before it starts.
 
@@ -193,44 +215,113 @@ class DistillationTrainer:
         backbone = self.backbone_trainer
         epochs = spread("epochs_per_block", epochs_per_block, backbone.student.num_blocks)
         return plan_training(
-            backbone, [int(str(e)) for e in epochs], lm_head_epochs if train_lm_head else None
+            backbone,
+            [int(str(e)) for e in epochs],
+            lm_head_epochs if train_lm_head else None,
+            polish_epochs,
         )
 
     def _run_stages(
-        self, backbone: dict[str, Any], head: dict[str, Any] | None, head_from_teacher: bool
+        self,
+        backbone: dict[str, Any],
+        head: dict[str, Any] | None,
+        polish: dict[str, Any] | None,
+        head_from_teacher: bool,
     ) -> dict[str, Any]:
         started_at = time.perf_counter()
         stages = len(self.backbone_trainer.stage_settings(**backbone))
         if head is not None:
             self.head_trainer.stage_settings(**head)
             stages += 1
+        if polish is not None:
+            self.polish_trainer.stage_settings(**polish)
+            stages += 1
         progress = RunProgress(stages, self.show_progress)
-        for trainer in (self.backbone_trainer, self.head_trainer):
+        for trainer in self._trainers:
             trainer.run = self.run
         with self.backbone_trainer.running(stages, self.overwrite):
-            for trainer in (self.backbone_trainer, self.head_trainer):
+            for trainer in self._trainers:
                 trainer.progress = progress
-            self._write_settings(backbone, head, head_from_teacher)
+            self._write_settings(backbone, head, polish, head_from_teacher)
             if self.keep_start:
                 self.run.write_folder("start", self._fill_folder)
-            results = self.backbone_trainer.train_backbone(**backbone)
-            results.update(head_loss=None, head=None)
-            if head is not None:
-                self.head_trainer.activations = self.backbone_trainer.activations
-                self.head_trainer.stitched = self.backbone_trainer.stitches is not None
-                results.update(
-                    self.head_trainer.train_head(**head, initialize_from_teacher=head_from_teacher)
-                )
+            self.backbone_trainer.prepare()
+            self._share_what_is_known()
+            if self.backbone_trainer.config.overfit_gate:
+                self._check_stages_learn(head is not None, polish is not None)
+            results = self._train_stages(backbone, head, polish, head_from_teacher)
             self._save_student(results)
-        rows = [*results["blocks"], *([results["head"]] if results["head"] else [])]
+        rows = [*results["blocks"], *(results[k] for k in ("head", "polish") if results[k])]
         results["output_dir"] = str(self.run.path)
         results["student_path"] = str(self.run.path / FINAL_NAME)
         results["skipped_batches"] = sum(row["skipped"] for row in rows)
         results["seconds"] = time.perf_counter() - started_at
         return results
 
+    def _train_stages(
+        self,
+        backbone: dict[str, Any],
+        head: dict[str, Any] | None,
+        polish: dict[str, Any] | None,
+        head_from_teacher: bool,
+    ) -> dict[str, Any]:
+        results = self.backbone_trainer.train_backbone(**backbone)
+        results.update(head_loss=None, head=None, polish_loss=None, polish=None)
+        if head is not None:
+            self.head_trainer.last_stitch = self.backbone_trainer.last_read_out()
+            results.update(
+                self.head_trainer.train_head(**head, initialize_from_teacher=head_from_teacher)
+            )
+        if polish is not None:
+            results.update(self.polish_trainer.train_polish(**polish))
+            self.backbone_trainer.stitches_are_stale = True
+            self.backbone_trainer.write_stitches()
+        return results
+
+    @property
+    def _trainers(self) -> list[BaseDistillationTrainer]:
+        return [self.backbone_trainer, self.head_trainer, self.polish_trainer]
+
+    def _share_what_is_known(self) -> None:
+        """Give the later stages the states that are kept, and what the backbone's stitches say."""
+        backbone = self.backbone_trainer
+        for trainer in (self.head_trainer, self.polish_trainer):
+            trainer.activations = backbone.activations
+        self.head_trainer.stitched = backbone.stitches is not None
+        weight = backbone.config.polish_hidden_weight
+        if weight:
+            self.polish_trainer.hidden_targets = HiddenTargets(
+                backbone.layer_map,
+                [backbone.level_loss(block) for block in range(len(backbone.layer_map))],
+                backbone.stitches,
+                weight,
+                backbone.config.polish_hidden_fade,
+                backbone.config.first_hidden_position,
+            )
+
+    def _check_stages_learn(self, with_head: bool, with_polish: bool) -> None:
+        """Let every stage of the run overfit a few windows, on states of its own."""
+        backbone = self.backbone_trainer
+        first = next(iter(backbone.batches(0)))
+        batch = rows_of(first, list(range(min(WINDOWS, len(first.input_ids)))))
+        states = Activations(backbone.teacher, backbone.student, GATE_BYTES)
+        stages: list[Stage] = [*backbone.stages(states)]
+        tied = backbone.config.head_tying == "tie"
+        with nullcontext() if tied else untied_for_now(backbone.student):
+            if with_head:
+                trainer = self.head_trainer
+                weight = trainer.config.logit_loss_weight
+                stages.append(HeadStage(states, trainer.logit_loss_fn, loss_weight=weight))
+            if with_polish:
+                stages.append(self.polish_trainer.stage(states))
+            check_stages_learn(stages, batch, backbone.precision, backbone.device)
+
     def _write_settings(
-        self, backbone: dict[str, Any], head: dict[str, Any] | None, head_from_teacher: bool
+        self,
+        backbone: dict[str, Any],
+        head: dict[str, Any] | None,
+        polish: dict[str, Any] | None,
+        head_from_teacher: bool,
     ) -> None:
         """Write down everything that decided this run."""
         logit_settings = {
@@ -245,6 +336,7 @@ class DistillationTrainer:
             "train_lm_head": head is not None,
             **(head or {}),
             "initialize_head_from_teacher": head_from_teacher,
+            **(polish or {"polish_epochs": 0}),
         }
         self.run.write_json("config.json", settings)
 
@@ -258,6 +350,7 @@ class DistillationTrainer:
             layer_map=list(self.backbone_trainer.layer_map),
             backbone_losses=results["backbone_losses"],
             head_loss=results["head_loss"],
+            polish_loss=results["polish_loss"],
         )
         stored = load_checkpoint(path)["model_state_dict"]
         state = self.student_model.state_dict()
@@ -275,3 +368,16 @@ class DistillationTrainer:
         model.save_pretrained(folder)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
+
+
+def by_stage(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """The arguments of :meth:`DistillationTrainer.train` that blocks, head and polish get."""
+    chosen = [
+        {name: value for name, value in arguments.items() if wanted(name)}
+        for wanted in (
+            lambda name: name.endswith("_per_block"),
+            lambda name: name.startswith("lm_head_"),
+            lambda name: name.startswith("polish_"),
+        )
+    ]
+    return chosen[0], chosen[1], chosen[2]

@@ -2,31 +2,37 @@
 
 With equal widths and no stitch between them, the teacher's final norm and head are copied.
 Otherwise the head is the least-squares answer to: which head on the student's final features gives
-the teacher's logits? Nothing is ever projected by random numbers.
+the teacher's logits? Nothing is ever projected by random numbers. ``head_fold.py`` has the start
+that asks no data.
 """
 
 import logging
 from collections.abc import Iterable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from cleangpt.blocks import BlockStack
-from cleangpt.heads import head_is_linear, logits_at
+from cleangpt.heads import head_factors, head_is_linear, head_is_tied, logits_at
 from distillation.activations import Activations
 from distillation.batch import Batch
+from distillation.least_squares import LeastSquares
 
 logger = logging.getLogger(__name__)
-
-RIDGE = 1e-4
-"""Ridge term of the regression, as a share of the mean feature energy: hardly any bias."""
 
 _POSITIONS_FOR_SCALE = 64
 
 BIAS_RIDGE = 1e-3
-"""The same for the intercept's solve. A LayerNorm's features sum to zero, so the head is nearly
-blind to one direction; without a firm ridge the norm's bias grows along it, and with it the
-gradient of the head, while the logits gain nothing."""
+"""Ridge of the intercept's solve, as a share of the mean diagonal. A LayerNorm's features sum to
+zero, so the head is nearly blind to one direction; without a firm ridge the norm's bias grows along
+it, and with it the gradient of the head, while the logits gain nothing."""
+
+NORM_RIDGE = 1e-4
+"""Ridge of a tied head's norm, as a share of the diagonal: towards the norm as it is."""
+
+METRIC_RIDGE = 1e-6
+"""What the features' second moment gets, as a share of its mean diagonal, to have an inverse."""
 
 
 def untie_lm_head(stack: BlockStack) -> bool:
@@ -35,10 +41,9 @@ def untie_lm_head(stack: BlockStack) -> bool:
     A head tied to embeddings that feed frozen blocks must never be trained: it would move their
     inputs.
     """
-    model = stack.model
-    head = stack.lm_head
-    if head.weight is not model.get_input_embeddings().weight:
+    if not head_is_tied(stack):
         return False
+    model, head = stack.model, stack.lm_head
     head.weight = nn.Parameter(head.weight.detach().clone())
     model.config.tie_word_embeddings = False
     # transformers fixes the list of tied names when a model is built, and saves by it.
@@ -68,15 +73,17 @@ def fit_head(activations: Activations, batches: Iterable[Batch], max_tokens: int
     With ``f_T`` the teacher's final features, ``f_S`` the student's, ``W_U`` and ``b_U`` the
     teacher's head, and ``B, c`` the ridge regression ``f_T ~ B f_S + c``, the minimiser of
     ``E ||W_U f_T - W f_S||^2`` is ``W = W_U B``: sums over the vocabulary are never needed. The
-    intercept moves into the norm's bias as the ``d`` that minimises the error of
-    ``W (f_S + d) = W f_S + W_U c + b_U``, up to a constant per position, which softmax ignores.
+    intercept ``W_U c + b_U`` is the head's bias. A head without one has it in the norm's bias, as
+    the ``d`` that minimises the error of ``W (f_S + d) = W f_S + W_U c + b_U``, up to a constant
+    per position, which softmax ignores. A head of low rank gets the nearest product in the metric
+    of the features, and a tied head only a norm: gain and bias.
 
     Args:
         activations: Where final states come from.
         batches: Data to fit on.
         max_tokens: Stop after this many valid positions.
     """
-    sums = FeatureSums()
+    sums = LeastSquares()
     scale = None
     teacher, student = activations.teacher, activations.student
     for batch in batches:
@@ -85,79 +92,123 @@ def fit_head(activations: Activations, batches: Iterable[Batch], max_tokens: int
         student_state = activations.student_input(student.num_blocks, batch)
         sums.add(batch.valid(student.head_features(student_state)), teacher_features)
         if scale is None:
-            scale = _logit_scale(teacher, batch.valid(raw), teacher_features)
+            scale = logit_scale(teacher, batch.valid(raw))
         if sums.count >= max_tokens:
             break
-    _set_head(student, teacher.lm_head, *sums.regression(), scale or 1.0)
+    unembedding, offset = teacher_head(teacher, 1.0 if scale is None else scale, student)
+    b, c = sums.regression()
+    weight, offset = unembedding @ b, offset + unembedding @ c
+    if head_is_tied(student):
+        _fit_norm(student, weight, offset, sums)
+    else:
+        _set_head(student, weight, offset, sums)
+        logger.info("The head starts as the least-squares fit of the teacher's logits.")
 
 
-class FeatureSums:
-    """Streaming sums of the regression of teacher features on student features, in float64."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._xx: Tensor | None = None
-        self._xy: Tensor | None = None
-
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Count positions: x of shape [positions, d_student], y of shape [positions, d_teacher]."""
-        x, y = x.cpu().double(), y.cpu().double()  # not every accelerator has float64
-        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
-        xx, xy = x.T @ x, x.T @ y
-        self._xx = xx if self._xx is None else self._xx + xx
-        self._xy = xy if self._xy is None else self._xy + xy
-        self.count += x.shape[0]
-
-    def regression(self) -> tuple[Tensor, Tensor]:
-        """Return ``B`` of shape [d_teacher, d_student] and ``c`` of shape [d_teacher].
-
-        Raises:
-            ValueError: If no position was counted.
-        """
-        if self._xx is None or self._xy is None:
-            raise ValueError("No valid position to fit the head on.")
-        ridge = torch.eye(self._xx.shape[0], dtype=torch.float64, device=self._xx.device)
-        ridge[-1, -1] = 0.0  # the intercept is not shrunk
-        energy = self._xx.diagonal()[:-1].mean()
-        solution = torch.linalg.solve(self._xx + RIDGE * energy * ridge, self._xy).T
-        return solution[:, :-1], solution[:, -1]
+def teacher_head(
+    teacher: BlockStack, scale: float, student: BlockStack
+) -> tuple[Float[Tensor, "vocab d_teacher"], Float[Tensor, " vocab"]]:
+    """The teacher's head and its bias times ``scale``, for the rows the student has, in float64."""
+    rows = min(student.vocab_size, teacher.vocab_size)
+    weight = scale * teacher.lm_head.weight[:rows].cpu().double()
+    if teacher.lm_head.bias is None:
+        return weight, torch.zeros_like(weight[:, 0])
+    return weight, scale * teacher.lm_head.bias[:rows].cpu().double()
 
 
-def _logit_scale(teacher: BlockStack, state: Tensor, features: Tensor) -> float:
-    """What the teacher multiplies its head's output by: 1, or as some positions show."""
+def logit_scale(teacher: BlockStack, states: Float[Tensor, "positions d_teacher"]) -> float:
+    """What the teacher multiplies its head's output by: 1, or as its last block's states show."""
     if head_is_linear(teacher):
         return 1.0
-    few = slice(0, _POSITIONS_FOR_SCALE)
-    output = teacher.lm_head(features[few]).cpu().double()
-    logits = logits_at(teacher, state[few]).cpu().double()
+    few = states[:_POSITIONS_FOR_SCALE]
+    output = teacher.lm_head(teacher.final_norm(few)).cpu().double()
+    logits = logits_at(teacher, few).cpu().double()
     return float((output * logits).sum() / output.square().sum())
 
 
-def _set_head(
-    student: BlockStack, teacher_head: nn.Linear, b: Tensor, c: Tensor, scale: float
-) -> None:
-    unembedding = scale * teacher_head.weight.cpu().double()
-    rows = min(student.vocab_size, unembedding.shape[0])
-    weight = (unembedding @ b)[:rows]
-    student.lm_head.weight[:rows] = weight.to(student.lm_head.weight)
-    offset = unembedding @ c
-    if teacher_head.bias is not None:
-        offset = offset + scale * teacher_head.bias.cpu().double()
+def _set_head(student: BlockStack, weight: Tensor, offset: Tensor, sums: LeastSquares) -> None:
+    """Write a head on the student's features, [rows, d_student], and its intercept, [rows]."""
+    head, rows = student.lm_head, len(weight)
+    factors = head_factors(head)
+    if factors is None:
+        head.weight[:rows] = weight.to(head.weight)
+    else:
+        _, second_moment = sums.input_moments()
+        down, up = best_factors(weight, second_moment, len(factors[0].weight))
+        factors[0].weight.copy_(down)
+        factors[1].weight[:rows] = up.to(factors[1].weight)
+        weight = up @ down
     norm_bias = getattr(student.final_norm, "bias", None)
-    if norm_bias is None:
+    if head.bias is not None:
+        head.bias[:rows] = offset.to(head.bias)
+    elif norm_bias is not None:
+        norm_bias += _through_head(weight, offset).to(norm_bias)
+    else:
         logger.warning(
             "The student's final norm has no bias, so the head starts without intercept."
         )
-        return
+
+
+def best_factors(
+    weight: Float[Tensor, "vocab d"], second_moment: Float[Tensor, "d d"], rank: int
+) -> tuple[Float[Tensor, "rank d"], Float[Tensor, "vocab rank"]]:
+    """Return ``D, U`` of this rank that minimise ``E ||W f - U D f||^2``, given ``E[f f^T]``.
+
+    With ``C`` the second moment, ``U D = [W C^1/2]_rank C^-1/2`` where ``[.]_rank`` is the best
+    approximation in the Frobenius norm (Eckart & Young 1936). ``D f`` has unit second moments.
+    """
+    ridge = METRIC_RIDGE * second_moment.diagonal().mean()
+    energies, directions = torch.linalg.eigh(second_moment)
+    spread = (energies.clamp(min=0) + ridge).sqrt()
+    root, inverse_root = directions * spread, directions / spread
+    # The right singular vectors of W C^1/2, without a decomposition of vocabulary size.
+    _, vectors = torch.linalg.eigh(root.T @ (weight.T @ weight) @ root)
+    leading = vectors[:, -rank:]
+    return (inverse_root @ leading).T, weight @ (root @ leading)
+
+
+def _through_head(weight: Tensor, offset: Tensor) -> Tensor:
+    """The ``d`` whose image ``W d`` is nearest to ``offset``, up to a constant over tokens."""
     centred = weight - weight.mean(0)
-    centred_offset = offset[:rows] - offset[:rows].mean()
     gram = centred.T @ centred
-    gram += (
-        BIAS_RIDGE
-        * gram.diagonal().mean()
-        * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    gram.diagonal().add_(BIAS_RIDGE * gram.diagonal().mean())
+    return torch.linalg.solve(gram, centred.T @ (offset - offset.mean()))
+
+
+def _fit_norm(student: BlockStack, weight: Tensor, offset: Tensor, sums: LeastSquares) -> None:
+    """Fit the final norm of a head that must stay the embedding matrix ``E``.
+
+    Norm features become ``a * f + e`` with the ``a`` and ``e`` that minimise
+    ``E ||E (a * f + e) - W f - offset||^2``, up to a constant per position. A quadratic of two
+    vectors, whose moments are those of ``f``.
+    """
+    norm = student.final_norm
+    if not isinstance(norm, nn.LayerNorm) or norm.bias is None:
+        logger.warning(
+            "The head is the embedding matrix, and the final norm, a %s, starts as it is.",
+            type(norm).__name__,
+        )
+        return
+    embeddings = student.lm_head.weight[: len(weight)].cpu().double()
+    embeddings = embeddings - embeddings.mean(0)
+    gram, wanted = embeddings.T @ embeddings, embeddings.T @ weight
+    mean, second_moment = sums.input_moments()
+    constant = embeddings.T @ offset
+    both = torch.cat(
+        [
+            torch.cat([gram * second_moment, mean[:, None] * gram], dim=1),
+            torch.cat([gram * mean, gram], dim=1),
+        ]
     )
-    norm_bias += torch.linalg.solve(gram, centred.T @ centred_offset).to(norm_bias)
+    target = torch.cat(
+        [(wanted @ second_moment).diagonal() + constant * mean, wanted @ mean + constant]
+    )
+    start = torch.cat([torch.ones_like(mean), torch.zeros_like(mean)])
+    ridge = torch.diag(NORM_RIDGE * both.diagonal())
+    gain, shift = (start + torch.linalg.solve(both + ridge, target - both @ start)).chunk(2)
+    norm.weight.mul_(gain.to(norm.weight))
+    norm.bias.mul_(gain.to(norm.bias)).add_(shift.to(norm.bias))
+    logger.info("The final norm starts as the least-squares fit of the teacher's logits.")
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -24,15 +24,13 @@ class PassingStates(Activations):
     Args:
         activations: The run's own; gives the models.
         teacher_blocks: Indices of the blocks that teach.
-        kept: Where the teacher's states are kept: side by side, one row per window.
     """
 
-    def __init__(
-        self, activations: Activations, teacher_blocks: Sequence[int], kept: StateStore
-    ) -> None:
+    def __init__(self, activations: Activations, teacher_blocks: Sequence[int]) -> None:
         super().__init__(activations.teacher, activations.student, 0)
-        self._kept = kept
         self._teacher_blocks = sorted(set(teacher_blocks))
+        # Side by side, one row per window.
+        self._kept: StateStore = activations.memory_for_all_levels(len(self._teacher_blocks))
         self._taught: WeakKeyDictionary[Batch, dict[int, HiddenStates]] = WeakKeyDictionary()
         self._handed: WeakKeyDictionary[Batch, tuple[int, State]] = WeakKeyDictionary()
 
@@ -71,6 +69,11 @@ class PassingStates(Activations):
             state = self.student.advance(index, state, batch.input_ids, batch.mask)
         self._handed[batch] = (block, state)
         return state
+
+    def forget(self) -> None:
+        """Free the memory of the teacher's states."""
+        super().forget()
+        self._kept.clear()
 
     def hand_over(self, block: int, batch: Batch, output: State) -> None:
         """Keep a block's output, cut off from its graph, as the next block's input."""

@@ -31,6 +31,7 @@ class Workload:
         seq_len: Tokens per window.
         epochs_per_block: Passes per student block.
         head_epochs: Passes of the head phase; None if it does not run.
+        polish_epochs: Passes of the whole student; 0 if it is not polished.
         layer_map: Entry m is the teacher block of student block m.
         schedule: "sequential" or "parallel_local".
         freeze_previous: Whether earlier blocks stay fixed.
@@ -44,6 +45,7 @@ class Workload:
     seq_len: int
     epochs_per_block: Sequence[int]
     head_epochs: int | None
+    polish_epochs: int
     layer_map: Sequence[int]
     schedule: str
     freeze_previous: bool = True
@@ -149,12 +151,16 @@ def plan_run(
     stages = _block_stages(teacher, student, work, costs)
     if work.head_epochs is not None:
         stages.append(_head_stage(teacher, student, work, costs))
+    if work.polish_epochs:
+        stages.append(_polish_stage(teacher, student, work, costs))
     kept = int(share * cache_bytes)
     in_memory, on_disk = (kept, 0) if cache.kind == "ram" else (0, kept)
     weights = 4 * (parameters(teacher.model) + parameters(student.model))
     work_space = max(_stage_memory(student, work, block) for block in range(student.num_blocks))
     if work.head_epochs is not None:
         work_space = max(work_space, _head_memory(student))
+    if work.polish_epochs:
+        work_space = max(work_space, _polish_memory(student, work))
     student_files = 2 * 4 * (parameters(student.model) + _head_parameters(student))
     return RunPlan(
         stages,
@@ -227,6 +233,19 @@ def _head_stage(
     return _estimate("lm-head", teacher, student, work, costs, passes, costs.head_step, heads)
 
 
+def _polish_stage(
+    teacher: BlockStack, student: BlockStack, work: Workload, costs: Costs
+) -> StageEstimate:
+    epochs, blocks = work.polish_epochs, student.num_blocks
+    # After a head phase the teacher's last states are known.
+    once = teacher.num_blocks if work.head_epochs is None else 0
+    passes = (Passes(once, 0, epochs), Passes(teacher.num_blocks * epochs, 0, epochs))
+    step = costs.first_block_step + (blocks - 1) * costs.block_step + costs.head_step
+    heads = 2.0 * teacher.vocab_size * (teacher.hidden_size + 3 * student.hidden_size)
+    flops = 3 * blocks * block_flops(student, 0, work.seq_len) + heads
+    return _estimate("polish", teacher, student, work, costs, passes, step, flops)
+
+
 def _estimate(
     name: str,
     teacher: BlockStack,
@@ -265,6 +284,13 @@ def _stage_memory(student: BlockStack, work: Workload, block: int) -> int:
 def _head_memory(student: BlockStack) -> int:
     """Gradients and moments of the head, and the logits of one chunk: both models' and an error."""
     return _ADAM_BYTES * _head_parameters(student) + 3 * 4 * LOGITS_AT_ONCE
+
+
+def _polish_memory(student: BlockStack, work: Workload) -> int:
+    """Gradients and moments of everything, the graph of all blocks, and one chunk of logits."""
+    trained = parameters(student.model) + _head_parameters(student)
+    graph = work.batch_size * work.seq_len * 20 * student.hidden_size * 4 * student.num_blocks
+    return _ADAM_BYTES * trained + graph + 3 * 4 * LOGITS_AT_ONCE
 
 
 def _head_parameters(student: BlockStack) -> int:

@@ -19,7 +19,10 @@ from distillation.trainers.backbone_trainer import BackboneDistillationTrainer
 
 
 def plan_training(
-    trainer: BackboneDistillationTrainer, epochs_per_block: Sequence[int], head_epochs: int | None
+    trainer: BackboneDistillationTrainer,
+    epochs_per_block: Sequence[int],
+    head_epochs: int | None,
+    polish_epochs: int,
 ) -> RunPlan:
     """Plan the run of a trainer; see :meth:`DistillationTrainer.plan`."""
     config, teacher, student = trainer.config, trainer.teacher, trainer.student
@@ -52,7 +55,7 @@ def plan_training(
         positions, widths[0] * len(set(trainer.layer_map)), 0, config.activation_dtype
     )
     levels_fit = cache.kind == "ram" and all_levels <= cache.budget_bytes
-    work = _workload(trainer, positions, epochs_per_block, head_epochs, levels_fit)
+    work = _workload(trainer, positions, (epochs_per_block, head_epochs, polish_epochs), levels_fit)
     if config.schedule == "parallel_local" and levels_fit:
         need = max(need, all_levels)
     costs = measure_costs(
@@ -70,11 +73,10 @@ def plan_training(
 def _workload(
     trainer: BackboneDistillationTrainer,
     positions: int,
-    epochs_per_block: Sequence[int],
-    head_epochs: int | None,
+    epochs: tuple[Sequence[int], int | None, int],
     levels_fit: bool,
 ) -> Workload:
-    """The data as the loader describes it; nothing is read from it."""
+    """The data as the loader describes it, nothing is read from it; epochs of the three phases."""
     loader = trainer.train_dataloader
     owners = (getattr(loader, "dataset", None), getattr(loader, "collate_fn", None))
     sizes = [int(getattr(owner, "block_size", 0) or 0) for owner in owners]
@@ -88,8 +90,9 @@ def _workload(
         batches=share if num_batches - 1 < share <= num_batches else float(num_batches),
         batch_size=batch_size,
         seq_len=seq_len,
-        epochs_per_block=epochs_per_block,
-        head_epochs=head_epochs,
+        epochs_per_block=epochs[0],
+        head_epochs=epochs[1],
+        polish_epochs=epochs[2],
         layer_map=trainer.layer_map,
         schedule=trainer.config.schedule,
         freeze_previous=trainer.config.freeze_previous_blocks,

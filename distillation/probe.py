@@ -21,8 +21,9 @@ from distillation.activations import Activations
 from distillation.batch import Batch, as_batch
 from distillation.config import DistillationConfig, StageSettings
 from distillation.head_init import untie_lm_head
+from distillation.logit_stages import HeadStage
 from distillation.losses import DistillationLoss, LogitDistillationLoss
-from distillation.stages import BlockStage, HeadStage, Stage
+from distillation.stages import BlockStage, Stage
 from distillation.trainers.stage_loop import StageLoop, build_optimizer
 from stitching_layers import StitchingLayer
 

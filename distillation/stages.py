@@ -5,24 +5,18 @@ loops; ``trainers/base_trainer.py`` runs it.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from cleangpt.blocks import BlockStack
-from cleangpt.heads import head_is_linear, logits_at
 from distillation.activations import Activations
 from distillation.batch import Batch
-from distillation.losses.chunked import (
-    Logits,
-    checkpointed_loss,
-    chunked_linear_loss,
-    linear_head,
-    product_dtype,
-)
+from distillation.fit_statistics import FitStatistics
+from distillation.least_squares import LeastSquares
+from distillation.losses import DistillationLoss
 from stitching_layers import StitchingLayer
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -40,6 +34,8 @@ class Stage(ABC):
     def __init__(self, name: str, student: BlockStack) -> None:
         self.name = name
         self.student = student
+        self.progress = 0.0
+        """Share of the stage's steps that are done, in [0, 1); the loop keeps it."""
 
     @abstractmethod
     def modules(self) -> dict[str, nn.Module]:
@@ -131,7 +127,8 @@ class BlockStage(Stage):
         student, teacher = self.states(batch)
         compared = batch.without_first(self.first_position)
         student, teacher = compared.valid(student), compared.valid(teacher)
-        self._fit.add(student.detach(), teacher)
+        if torch.is_grad_enabled():  # validation is no part of the epoch
+            self._fit.add(*comparable(self.loss_fn, student.detach(), teacher))
         return self.loss_fn(student, teacher)
 
     def count(self, batch: Batch) -> int:
@@ -140,11 +137,30 @@ class BlockStage(Stage):
 
     def states(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the stitched student states and the teacher's, both [batch, seq, d_teacher]."""
-        teacher = self.activations.teacher_output(self.teacher_block, batch)
-        state = self._student_output(batch)
-        self.activations.hand_over(self.block, batch, state)
-        student = self.student.hidden(state)
+        student, teacher = self._hidden_states(batch)
         return (student if self.stitch is None else self.stitch(student)), teacher
+
+    @torch.no_grad()
+    def fit_stitch(self, batches: Iterable[Batch], max_tokens: int) -> None:
+        """Start the stitch as the best linear read-out of the block as it is now.
+
+        Args:
+            batches: Data to fit on.
+            max_tokens: Stop after this many compared positions.
+        """
+        if self.stitch is None:
+            return
+        sums = LeastSquares()
+        for batch in batches:
+            student, teacher = self._hidden_states(batch)
+            compared = batch.without_first(self.first_position)
+            target = compared.valid(teacher)
+            if isinstance(self.loss_fn, DistillationLoss):
+                target = self.loss_fn.target(target)
+            sums.add(compared.valid(student), target)
+            if sums.count >= max_tokens:
+                break
+        set_stitch(self.stitch, sums)
 
     def start_epoch(self) -> None:
         """Forget the statistics of the epoch before."""
@@ -154,6 +170,13 @@ class BlockStage(Stage):
         """The error relative to the best constant predictor (1.0), over the last epoch."""
         return {"relative_error": self._fit.relative_error()}
 
+    def _hidden_states(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The student block's hidden states, without a stitch, and the teacher's."""
+        teacher = self.activations.teacher_output(self.teacher_block, batch)
+        state = self._student_output(batch)
+        self.activations.hand_over(self.block, batch, state)
+        return self.student.hidden(state), teacher
+
     def _student_output(self, batch: Batch) -> Tensor:
         if self.block == 0 or not self.freeze_previous:
             return self.student.state_entering(self.block + 1, batch.input_ids, batch.mask)
@@ -161,111 +184,19 @@ class BlockStage(Stage):
         return self.student.advance(self.block, state, batch.input_ids, batch.mask)
 
 
-class HeadStage(Stage):
-    """The final norm and the head learn the teacher's logits; the backbone stays fixed.
-
-    No tensor of shape [batch, seq, vocab] exists: the loss is formed some positions at a time, on
-    valid positions only.
-
-    Args:
-        activations: Where both models' final states come from.
-        loss_fn: The loss on logits.
-        loss_weight: Factor on the loss.
-    """
-
-    def __init__(self, activations: Activations, loss_fn: Loss, *, loss_weight: float) -> None:
-        super().__init__("lm-head", activations.student)
-        self.activations = activations
-        self.teacher = activations.teacher
-        self.loss_fn = loss_fn
-        self.loss_weight = loss_weight
-        self._heads_are_linear = head_is_linear(self.teacher), head_is_linear(self.student)
-        self._teacher_weight: Tensor | None = None
-        # Padded rows of a vocabulary stand for no token.
-        self._shared_rows = min(self.teacher.vocab_size, self.student.vocab_size)
-
-    def modules(self) -> dict[str, nn.Module]:
-        """The final norm and the head."""
-        return {"final_norm": self.student.final_norm, "lm_head": self.student.lm_head}
-
-    def loss(self, batch: Batch) -> Float[Tensor, ""]:
-        """Return the weighted mean logit loss over valid positions."""
-        state = batch.valid(self.activations.student_input(self.student.num_blocks, batch))
-        teacher_logits = self._teacher_logits(batch)
-        if self._heads_are_linear[1]:
-            head, rows = self.student.lm_head, self._shared_rows
-            mean = chunked_linear_loss(
-                self.loss_fn,
-                self.student.head_features(state),
-                first_rows(head.weight, rows),
-                None if head.bias is None else first_rows(head.bias, rows),
-                teacher_logits,
-            )
-        else:
-            student_logits = positionwise_logits(self.student, state, self._shared_rows)
-            mean = checkpointed_loss(self.loss_fn, student_logits, teacher_logits, len(state))
-        return self.loss_weight * mean
-
-    @torch.no_grad()
-    def _teacher_logits(self, batch: Batch) -> Logits:
-        last = self.teacher.num_blocks - 1
-        state = batch.valid(self.activations.teacher_output(last, batch))
-        rows = self._shared_rows
-        if not self._heads_are_linear[0]:
-            return positionwise_logits(self.teacher, state, rows)
-        head = self.teacher.lm_head
-        bias = None if head.bias is None else first_rows(head.bias, rows)
-        features = self.teacher.final_norm(state)
-        dtype = product_dtype(features)
-        if self._teacher_weight is None or self._teacher_weight.dtype != dtype:
-            self._teacher_weight = first_rows(head.weight, rows).to(
-                dtype
-            )  # cast once, not at every step
-        return linear_head(features, self._teacher_weight, bias)
+def comparable(loss_fn: Loss, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Prediction and target in the space in which a loss compares them."""
+    if isinstance(loss_fn, DistillationLoss):
+        return loss_fn.comparable(student, teacher)
+    return student, teacher
 
 
-def first_rows(tensor: Tensor, rows: int) -> Tensor:
-    """The first rows; the tensor itself if it has no more, which spares a copy of its gradient."""
-    return tensor if len(tensor) == rows else tensor[:rows]
-
-
-def positionwise_logits(stack: BlockStack, state: Tensor, rows: int) -> Logits:
-    """The model's own logits at ranges of positions of ``state``, [positions, d_state]."""
-    return lambda positions: logits_at(stack, state[positions])[:, :rows]
-
-
-@dataclass
-class FitStatistics:
-    """Streaming sums for the relative error ``SSE / SS about the mean`` of a prediction.
-
-    Kept on the device of the states: reading them would make an accelerator wait.
-    """
-
-    count: int = 0
-    squared_error: Tensor | float = 0.0
-    squared_norm: Tensor | float = 0.0
-    total: Tensor | float = 0.0
-
-    @torch.no_grad()
-    def add(
-        self, predicted: Float[Tensor, "positions dim"], target: Float[Tensor, "positions dim"]
-    ) -> None:
-        """Count one batch of predictions."""
-        self.count += target.shape[0]
-        target = target.float()
-        # Sums over batches are float64 where the device has it.
-        wide = torch.float32 if target.device.type == "mps" else torch.float64
-        self.squared_error += torch.linalg.vector_norm(predicted.float() - target).to(wide).square()
-        self.squared_norm += torch.linalg.vector_norm(target).to(wide).square()
-        self.total += target.sum(0).to(wide)
-
-    def relative_error(self) -> float:
-        """The squared error as a share of the target's variation about its mean."""
-        if self.count == 0:
-            return float("nan")
-        about_mean = torch.as_tensor(self.total).square().sum() / self.count
-        variation = float(self.squared_norm - about_mean)
-        return float(self.squared_error) / variation if variation > 0 else float("nan")
+def set_stitch(stitch: StitchingLayer, sums: LeastSquares) -> None:
+    """Make a stitch the solution of a regression; one without a bias leaves the intercept out."""
+    weight, intercept = sums.regression()
+    stitch.projection.weight.copy_(weight)
+    if stitch.projection.bias is not None:
+        stitch.projection.bias.copy_(intercept)
 
 
 def embedding_modules(stack: BlockStack) -> dict[str, nn.Module]:

@@ -1,5 +1,7 @@
 """The flags of ``run_distillation_example``: name, type, default, and what each one does."""
 
+import argparse
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,10 +16,14 @@ from cleangpt.cli import (
     probability,
 )
 from config_distillation import MODEL_TYPES
+from distillation.recipes import RECIPES, TUTORIAL
+
+logger = logging.getLogger(__name__)
 
 PROGRAM = "examples.run_distillation_example"
 Row = tuple[str, Callable[[str], Any], Any, str]
 
+VALIDATION_TOKENS = 20_000
 PER_BLOCK = "; one value, or one per block as 1e-3,5e-4"
 STUDENT_SWITCHES = {
     "bias": "biases in the blocks' linear maps and norms",
@@ -40,8 +46,8 @@ DATA_ROWS: tuple[Row, ...] = (
     ),
 )
 BACKBONE_ROWS: tuple[Row, ...] = (
-    ("epochs_per_block", number_or_list(non_negative_int), 1, f"passes per block{PER_BLOCK}"),
-    ("lr_per_block", number_or_list(positive_float), 2e-3, f"peak learning rate{PER_BLOCK}"),
+    ("epochs_per_block", number_or_list(non_negative_int), 3, f"passes per block{PER_BLOCK}"),
+    ("lr_per_block", number_or_list(positive_float), 1e-3, f"peak learning rate{PER_BLOCK}"),
     (
         "weight_decay_per_block",
         number_or_list(non_negative_float),
@@ -63,8 +69,8 @@ BACKBONE_ROWS: tuple[Row, ...] = (
     ),
 )
 HEAD_ROWS: tuple[Row, ...] = (
-    ("lm_head_epochs", non_negative_int, 1, "passes over the data in the head phase"),
-    ("lm_head_lr", positive_float, 2e-3, "peak learning rate of the head phase"),
+    ("lm_head_epochs", non_negative_int, 3, "passes over the data in the head phase"),
+    ("lm_head_lr", positive_float, 1e-4, "peak learning rate of the head phase"),
     ("lm_head_weight_decay", non_negative_float, 0.01, "weight decay of the head's matrix"),
     ("lm_head_max_grad_norm", positive_float, 1.0, "gradient clipping in the head phase"),
     ("logit_loss_temperature", positive_float, 2.0, "temperature of kl_div and ce"),
@@ -73,6 +79,31 @@ HEAD_ROWS: tuple[Row, ...] = (
         non_negative_float,
         1.0,
         "factor on the logit loss, relative to the hidden-state loss",
+    ),
+)
+POLISH_ROWS: tuple[Row, ...] = (
+    ("polish_epochs", non_negative_int, 0, "passes in which the whole student learns; 0 is none"),
+    ("polish_lr", positive_float, 1e-3, "peak learning rate of the polish"),
+    ("polish_weight_decay", non_negative_float, 0.01, "weight decay of matrices in the polish"),
+    ("polish_max_grad_norm", positive_float, 1.0, "gradient clipping in the polish"),
+    (
+        "polish_hidden_weight",
+        non_negative_float,
+        0.0,
+        "factor on the hidden-state losses of all blocks in the polish",
+    ),
+    ("audit_tokens", non_negative_int, 8192, "tokens to measure the teacher's states on"),
+    (
+        "early_stop_patience",
+        non_negative_int,
+        0,
+        "epochs without a better validation loss after which a stage ends; 0 is never",
+    ),
+    (
+        "validation_tokens",
+        non_negative_int,
+        0,
+        "tokens of held-out text that each stage keeps its best weights by; 0 is none",
     ),
 )
 RUN_ROWS: tuple[Row, ...] = (
@@ -103,6 +134,52 @@ def build_parser() -> CommandParser:
     _add_stage_flags(parser)
     _add_run_flags(parser)
     return parser
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the flags, and let the recipe decide what none of them names.
+
+    Without ``--recipe`` that is "best", or "tutorial" once a flag of the method is given: who sets
+    the tutorial's flags means its algorithm.
+    """
+    arguments = build_parser().parse_args(argv)
+    named = _named_flags(argv)
+    chosen = arguments.recipe or ("tutorial" if named & _method_flags() else "best")
+    values = recipe_flags(chosen)
+    arguments.recipe = chosen
+    for name, value in values.items():
+        if name not in named:
+            setattr(arguments, name, value)
+    own = sorted(named & _method_flags() - {"recipe"})
+    logger.info(
+        "Recipe %s: %s. %s",
+        chosen,
+        ", ".join(f"{name}={getattr(arguments, name)}" for name in values),
+        f"Named by flags: {', '.join(own)}." if own else "No flag changes it.",
+    )
+    return arguments
+
+
+def recipe_flags(name: str) -> dict[str, Any]:
+    """What a recipe sets, by the names of the flags."""
+    recipe = RECIPES[name]
+    held_out = {} if recipe is TUTORIAL else {"validation_tokens": VALIDATION_TOKENS}
+    return {**recipe.options, **recipe.training, **held_out}
+
+
+def _method_flags() -> set[str]:
+    parser = CommandParser()
+    _add_stage_flags(parser)
+    return {action.dest for action in parser._actions} - {"help"}
+
+
+def _named_flags(argv: Sequence[str] | None) -> set[str]:
+    """The flags that were given, whatever their values."""
+    parser = build_parser()
+    parser._defaults.clear()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return set(vars(parser.parse_args(argv)))
 
 
 def _add_rows(parser: CommandParser, rows: Sequence[Row]) -> None:
@@ -166,6 +243,12 @@ def _add_data_flags(parser: CommandParser) -> None:
 
 
 def _add_stage_flags(parser: CommandParser) -> None:
+    parser.add_argument(
+        "--recipe",
+        choices=tuple(RECIPES),
+        help="what the flags below are where none is given (default: best, or tutorial once one"
+        " of them is given); the defaults they show are the tutorial's",
+    )
     switches = {
         "freeze_previous_blocks": ("no_freeze_previous_blocks", "keep earlier blocks fixed"),
         "use_stitching_layers": ("no_stitching_layers", "project to the teacher's width"),
@@ -175,17 +258,29 @@ def _add_stage_flags(parser: CommandParser) -> None:
             "no_initialize_head_from_teacher",
             "start the head from the teacher's",
         ),
+        "polish_hidden_fade": ("no_polish_hidden_fade", "let that factor fall to zero"),
+        "overfit_gate": ("no_overfit_gate", "let every stage overfit a small batch first"),
     }
     orders = ("sequential", "parallel_local")
     _add_choice(parser, "schedule", orders, "sequential", "blocks in turn, or all in one pass")
     _add_rows(parser, BACKBONE_ROWS)
-    hidden, logit = ("mse", "kl_div"), ("mse", "kl_div", "ce")
+    hidden = ("mse", "kl_div", "nmse", "cosine", "smooth_l1", "whiten")
+    logit = ("mse", "kl_div", "ce")
     _add_choice(parser, "distill_loss_type", hidden, "mse", "loss on hidden states")
+    starts = ("none", "pca", "slice", "layers")
+    _add_choice(parser, "init_from_teacher", starts, "none", "what the student starts from")
+    ways = ("random", "least_squares")
+    _add_choice(parser, "stitch_start", ways, "random", "what each stitch starts from")
+    ways = ("least_squares", "fold")
+    _add_choice(parser, "head_start", ways, "least_squares", "how the teacher's head is reduced")
+    meaning = "whether the head has a weight of its own"
+    _add_choice(parser, "head_tying", ("untie", "tie"), "untie", meaning)
     _add_rows(parser, HEAD_ROWS)
     meaning = "loss on logits; ce is against the teacher's most probable token"
     _add_choice(parser, "logit_loss_type", logit, "kl_div", meaning)
     for name, (negative, text) in switches.items():
-        add_switch(parser, name, negative, True, text)
+        add_switch(parser, name, negative, name != "overfit_gate", text)
+    _add_rows(parser, POLISH_ROWS)
 
 
 def _add_run_flags(parser: CommandParser) -> None:

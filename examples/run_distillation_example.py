@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cleangpt.cli import run_command, setup_logging
-from examples.distillation_flags import STUDENT_SWITCHES, build_parser
+from examples.distillation_data import build_dataloader, validation_dataloader
+from examples.distillation_flags import STUDENT_SWITCHES, build_parser, parse_arguments
 
 if TYPE_CHECKING:
     from torch import nn
-    from torch.utils.data import DataLoader
 
-    from cleangpt.data import DistillationDataCollator, TextDataset, TextSource
+    from cleangpt.data import DistillationDataCollator, TextDataset
     from cleangpt.teacher import Teacher
     from config_distillation import GPTConfig
     from distillation import DistillationTrainer
@@ -60,8 +60,9 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
         CleanGPTError: For anything the user can mend; ``run_command`` prints it in two lines.
     """
-    arguments = build_parser().parse_args(argv)
-    setup_logging(arguments.debug)
+    debug = "--debug" in (sys.argv[1:] if argv is None else argv)
+    setup_logging(debug)
+    arguments = parse_arguments(argv)
     if arguments.plan:
         trainer, _ = prepare(arguments)
         print(plan(trainer, arguments).table())
@@ -148,57 +149,19 @@ def prepare(arguments: argparse.Namespace) -> "tuple[DistillationTrainer, nn.Mod
     with torch.device("meta") if arguments.plan else contextlib.nullcontext():
         student = build_student(arguments, teacher)
     loader = build_dataloader(arguments, source, teacher)
-    return build_trainer(arguments, teacher, student, loader, device), student
+    held_out = None
+    if arguments.validation_tokens and not arguments.plan:
+        held_out = validation_dataloader(arguments, teacher)
+    return build_trainer(arguments, teacher, student, loader, held_out, device), student
 
 
 def plan(trainer: "DistillationTrainer", arguments: argparse.Namespace) -> "RunPlan":
     """What the flags' training will cost."""
     return trainer.plan(
-        arguments.epochs_per_block, arguments.train_lm_head, arguments.lm_head_epochs
-    )
-
-
-def build_dataloader(
-    arguments: argparse.Namespace, source: "TextSource", teacher: "Teacher"
-) -> "DataLoader[Any]":
-    """Cut the documents into windows; their order is a function of the seed and the epoch.
-
-    Raises:
-        InputError: If packed documents do not fill one window.
-    """
-    from cleangpt.data import DistillationDataCollator, TextDataset, make_dataloader
-    from cleangpt.data.token_cache import default_directory
-    from cleangpt.errors import InputError
-
-    cache_dir = arguments.token_cache or default_directory()
-    dataset = TextDataset(
-        source.texts,
-        teacher.tokenizer,
-        arguments.block_size,
-        packed=arguments.packing,
-        cache_dir=None if arguments.no_token_cache else cache_dir,
-    )
-    if arguments.packing and dataset.num_tokens < arguments.block_size:
-        raise InputError(
-            f"{source.name} has {dataset.num_tokens} tokens, fewer than one window of"
-            f" {arguments.block_size}.",
-            "Give it more text, raise --max_samples, or lower --block_size.",
-        )
-    logger.info(
-        "%d documents of %s: %s tokens in %d windows of %s%d",
-        len(source.texts),
-        source.name,
-        f"{dataset.num_tokens:,}",
-        len(dataset),
-        "" if arguments.packing else "up to ",
-        arguments.block_size,
-    )
-    return make_dataloader(
-        dataset,
-        DistillationDataCollator(teacher.tokenizer, arguments.block_size),
-        arguments.batch_size,
-        seed=arguments.seed,
-        num_workers=arguments.num_workers,
+        arguments.epochs_per_block,
+        arguments.train_lm_head,
+        arguments.lm_head_epochs,
+        arguments.polish_epochs,
     )
 
 
@@ -272,6 +235,7 @@ def build_trainer(
     teacher: "Teacher",
     student: "nn.Module",
     loader: Any,
+    held_out: Any,
     device: Any,
 ) -> "DistillationTrainer":
     """Hand the flags that say how it trains to the trainer."""
@@ -293,8 +257,18 @@ def build_trainer(
         logit_loss_type=arguments.logit_loss_type,
         logit_loss_temperature=arguments.logit_loss_temperature,
         logit_loss_weight=arguments.logit_loss_weight,
+        validation_dataloader=held_out,
         overwrite=arguments.overwrite,
         keep_start=arguments.keep_start,
+        init_from_teacher=arguments.init_from_teacher,
+        stitch_start=arguments.stitch_start,
+        head_start=arguments.head_start,
+        head_tying=arguments.head_tying,
+        polish_hidden_weight=arguments.polish_hidden_weight,
+        polish_hidden_fade=arguments.polish_hidden_fade,
+        audit_tokens=arguments.audit_tokens,
+        early_stop_patience=arguments.early_stop_patience,
+        overfit_gate=arguments.overfit_gate,
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
         lr_schedule=arguments.lr_schedule,
         warmup_ratio=arguments.warmup_ratio,
@@ -326,6 +300,10 @@ def train(trainer: "DistillationTrainer", arguments: argparse.Namespace) -> dict
         lm_head_wd=arguments.lm_head_weight_decay,
         lm_head_max_grad_norm=arguments.lm_head_max_grad_norm,
         initialize_head_from_teacher=arguments.initialize_head_from_teacher,
+        polish_epochs=arguments.polish_epochs,
+        polish_lr=arguments.polish_lr,
+        polish_wd=arguments.polish_weight_decay,
+        polish_max_grad_norm=arguments.polish_max_grad_norm,
     )
 
 

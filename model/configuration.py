@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PretrainedConfig
 logger = logging.getLogger(__name__)
 
 ATTN_GAINS: Final = ("per_head", "fixed_one")
+FINAL_NORMS: Final = ("layer_norm", "folded")
 
 # What HuggingFace itself stores in, or passes through, a configuration without declaring it.
 _LIBRARY_KEYS: Final = frozenset(
@@ -52,11 +53,14 @@ class StudentConfig(PretrainedConfig):
         use_channel_factor_proj: A Kronecker output projection in place of a dense one, or of none.
         teacher_n_embd: Width of the teacher's hidden states, if stated.
         attn_gain: "per_head" or "fixed_one".
+        head_rank: Rank of the head, a product of two matrices. None: one full matrix.
+        final_norm: "layer_norm", or "folded": see ``FoldedNorm``.
         activation_function: Name of the MLP's activation in ``transformers``. The default computes
             GPT-2's "gelu_new" in one fused operation.
         layer_norm_epsilon: Added to the variance in every norm.
         initializer_range: Standard deviation of new embeddings and (Vanilla, Factored) matrices.
-        tie_word_embeddings: Whether the head reads the embedding matrix.
+        tie_word_embeddings: Whether the head reads the embedding matrix. None: where it can, i.e.
+            with a head of full rank after a LayerNorm.
         use_cache: Whether ``generate`` caches. A plain ``forward`` caches only when asked to.
         bos_token_id: First token of a text, if any.
         eos_token_id: Token that ends a generated text, if any.
@@ -89,10 +93,12 @@ class StudentConfig(PretrainedConfig):
     use_channel_factor_proj: bool = False
     teacher_n_embd: int | None = None
     attn_gain: str = "per_head"
+    head_rank: int | None = None
+    final_norm: str = "layer_norm"
     activation_function: str = "gelu_pytorch_tanh"
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
-    tie_word_embeddings: bool = True
+    tie_word_embeddings: bool | None = None
     use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -109,6 +115,7 @@ class StudentConfig(PretrainedConfig):
             raise ValueError(
                 f"attn_gain={self.attn_gain!r} is unknown.\nChoose one of {', '.join(ATTN_GAINS)}."
             )
+        self._check_head()
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -124,6 +131,28 @@ class StudentConfig(PretrainedConfig):
     def head_dim(self) -> int:
         """Width of one attention head."""
         return self.n_embd // self.n_head
+
+    def _check_head(self) -> None:
+        if self.final_norm not in FINAL_NORMS:
+            raise ValueError(
+                f"final_norm={self.final_norm!r} is unknown.\n"
+                f"Choose one of {', '.join(FINAL_NORMS)}."
+            )
+        most = min(self.n_embd, self.n_embd if self.vocab_size is None else self.vocab_size)
+        if self.head_rank is not None and not 1 <= self.head_rank <= most:
+            raise ValueError(
+                f"head_rank={self.head_rank} is not between 1 and {most}, the smaller of n_embd "
+                "and vocab_size.\nChoose a rank in between, or None for a full matrix."
+            )
+        can_tie = self.head_rank is None and self.final_norm == "layer_norm"
+        if self.tie_word_embeddings is None:
+            self.tie_word_embeddings = can_tie
+        if self.tie_word_embeddings and not can_tie:
+            raise ValueError(
+                f"A head with head_rank={self.head_rank} after final_norm={self.final_norm!r} "
+                "cannot be the embedding matrix.\n"
+                "Leave tie_word_embeddings out, or head_rank and final_norm."
+            )
 
     def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
         known = _LIBRARY_KEYS | set(self.attribute_map)

@@ -228,11 +228,102 @@ class MLP(nn.Module):
         return self.dropout(self.down(self.act(self.up(states))))
 
 
+class LowRankHead(nn.Module):
+    """Logits U (D f) + b from features f, with D of rank x width and U of vocabulary x rank."""
+
+    def __init__(self, width: int, rank: int, vocab_size: int, *, bias: bool = False) -> None:
+        super().__init__()
+        self.down = nn.Linear(width, rank, bias=False)
+        self.up = nn.Linear(rank, vocab_size, bias=bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """The product U D of shape (vocab, width), formed at each use; gradients reach both."""
+        return self.up.weight @ self.down.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """One number per token, or None."""
+        return self.up.bias
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map (..., width) to (..., vocab)."""
+        return self.up(self.down(features))
+
+
+class FoldedNorm(nn.Module):
+    """An RMS norm on a square map of the hidden state h and a constant, y = R [h; 1].
+
+    The features y / sqrt(mean(y^2) + eps) are one wider than h. With z = P h + c, the LayerNorm or
+    RMS norm of z divides by the root of a quadratic form in [h; 1], whose square root is R. What it
+    divides is linear in y. So this norm and a linear head can equal another model's final norm and
+    head behind an affine map. R starts as the identity.
+    """
+
+    def __init__(self, config: StudentConfig) -> None:
+        super().__init__()
+        self.eps = config.layer_norm_epsilon
+        self.weight = nn.Parameter(torch.empty(config.n_embd + 1, config.n_embd + 1))
+
+    def init_weights(self) -> None:
+        """Start as the RMS norm of [h; 1]."""
+        init.eye_(self.weight)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map (..., C) to (..., C + 1)."""
+        # A norm, so in the weights' own precision: R holds scales thousands apart.
+        with torch.autocast(hidden.device.type, enabled=False):
+            hidden = hidden.to(self.weight.dtype)
+            mapped = F.linear(hidden, self.weight[:, :-1], self.weight[:, -1])
+            return F.rms_norm(mapped, mapped.shape[-1:], eps=self.eps)
+
+
+def final_norm(config: StudentConfig) -> nn.Module:
+    """Return the norm between the last block and the head."""
+    if config.final_norm == "folded":
+        return FoldedNorm(config)
+    return nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+
+
+def output_head(config: StudentConfig, vocab_size: int) -> nn.Module:
+    """Return the head; it has a bias where the norm before it cannot carry one."""
+    folded = config.final_norm == "folded"
+    width = config.n_embd + 1 if folded else config.n_embd
+    if config.head_rank is None:
+        return nn.Linear(width, vocab_size, bias=folded)
+    return LowRankHead(width, config.head_rank, vocab_size, bias=folded)
+
+
+@dataclass(frozen=True, eq=False)
+class BlockParts:
+    """What a block has in common with a pre-LN transformer block, so that it can start from one.
+
+    Attributes:
+        mlp_norm: What the MLP reads the state through.
+        mlp: The MLP.
+        attention_norm: What queries and keys read the state through, or None with ``attention``.
+        attention: Queries and keys; None if their scores mean something else.
+        value: Dense map of the same normed state; None without one. Then there is no ``out``.
+        out: Dense map to the state.
+        mlp_gain: Factor of the MLP's output in a block that passes on its normed input. None: the
+            input itself is passed on, and the factor is one.
+    """
+
+    mlp_norm: nn.Module
+    mlp: MLP
+    attention_norm: nn.Module | None = None
+    attention: CausalAttention | None = None
+    value: nn.Linear | None = None
+    out: nn.Linear | None = None
+    mlp_gain: nn.Parameter | None = None
+
+
 class StudentBlock(GradientCheckpointingLayer):
     """One transformer block: takes a state, returns the next state, one tensor each.
 
     A kind of student implements ``forward(state, context, past_key_values=None)``, and overrides
-    ``init_weights`` where its start differs from N(0, initializer_range) matrices.
+    ``init_weights`` where its start differs from N(0, initializer_range) matrices, and ``parts``
+    where it can start from a teacher's block.
     """
 
     def __init__(self, config: StudentConfig, layer_idx: int) -> None:
@@ -242,6 +333,10 @@ class StudentBlock(GradientCheckpointingLayer):
 
     def init_weights(self) -> None:
         """Set what this kind of block starts from; called after its parts were initialised."""
+
+    def parts(self) -> BlockParts | None:
+        """Name what a teacher's weights may be put into; None: nothing."""
+        return None
 
 
 def init_identity(module: nn.Module) -> None:

@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicLayer
 from .configuration import SASPConfig
 from .layers import (
     MLP,
+    BlockParts,
     CausalAttention,
     Context,
     StudentBlock,
@@ -145,6 +146,10 @@ class SASPBlock(StudentBlock):
         init_identity(self.value)
         init_identity(self.proj)
         init.constant_(self.beta_ff, 0.1 * (18 / self.config.n_layer) ** 0.5)
+
+    def parts(self) -> BlockParts:
+        """Name the MLP: scores are compared with uniform ones here, and move u and nothing else."""
+        return BlockParts(self.norm, self.mlp, mlp_gain=self.beta_ff)
 
     def forward(
         self, state: Tensor, context: Context, past_key_values: Cache | None = None

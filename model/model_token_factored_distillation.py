@@ -19,6 +19,7 @@ from transformers import Cache, initialization as init
 from .configuration import FactoredConfig
 from .layers import (
     MLP,
+    BlockParts,
     CausalAttention,
     Context,
     StudentBlock,
@@ -60,6 +61,10 @@ class FactoredBlock(StudentBlock):
         init_identity(self.proj)
         std = self.config.initializer_range / (2 * self.config.n_layer) ** 0.5
         init.normal_(self.mlp.down.weight, std=std)
+
+    def parts(self) -> BlockParts:
+        """Name all but value and output maps: here those carry a stream of its own, not normed."""
+        return BlockParts(self.norm2, self.mlp, self.norm1, self.attention)
 
     def forward(
         self, state: Tensor, context: Context, past_key_values: Cache | None = None

@@ -7,13 +7,14 @@ Cached per block: K and V. Weights per block: 12 n_embd^2 (without biases).
 Read ``student.py`` for what surrounds the blocks, and ``layers.py`` for attention and the MLP.
 """
 
+from dataclasses import replace
 from typing import ClassVar
 
 from torch import Tensor, nn
 from transformers import Cache, initialization as init
 
 from .configuration import VanillaConfig
-from .layers import MLP, CausalAttention, Context, StudentBlock, channel_map
+from .layers import MLP, BlockParts, CausalAttention, Context, StudentBlock, channel_map
 from .student import StudentModel
 
 
@@ -40,6 +41,13 @@ class VanillaBlock(StudentBlock):
         per_head = self.config.head_dim**0.5 if self.config.use_channel_factor_proj else 1.0
         init.normal_(self.proj.weight, std=std * per_head)
         init.normal_(self.mlp.down.weight, std=std)
+
+    def parts(self) -> BlockParts:
+        """Name everything; value and output maps only if both are dense."""
+        found = BlockParts(self.norm2, self.mlp, self.norm1, self.attention)
+        if isinstance(self.value, nn.Linear) and isinstance(self.proj, nn.Linear):
+            return replace(found, value=self.value, out=self.proj)
+        return found
 
     def forward(
         self, state: Tensor, context: Context, past_key_values: Cache | None = None

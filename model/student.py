@@ -23,7 +23,16 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration import StudentConfig
-from .layers import Context, HeadGain, KroneckerMap, StudentBlock
+from .layers import (
+    Context,
+    FoldedNorm,
+    HeadGain,
+    KroneckerMap,
+    LowRankHead,
+    StudentBlock,
+    final_norm,
+    output_head,
+)
 
 
 class StudentModel(PreTrainedModel, GenerationMixin):
@@ -45,7 +54,8 @@ class StudentModel(PreTrainedModel, GenerationMixin):
             accelerator, None also allows the fastest kernel: leave it out where it is all 1.
         labels: (B, T) token ids, shifted here as HuggingFace does; -100 is ignored.
         output_hidden_states: Whether to return n_layer + 1 hidden states of width n_embd: the
-            embeddings, the blocks' outputs, and in place of the last block's the final norm's.
+            embeddings, the blocks' outputs, and in place of the last block's the final norm's
+            (one wider with ``final_norm="folded"``).
         position_ids: (B, T). By default the number of real tokens before each position.
         past_key_values: Cache of earlier positions, extended in place.
         inputs_embeds: (B, T, n_embd) token embeddings in place of ``input_ids``.
@@ -98,8 +108,8 @@ class StudentModel(PreTrainedModel, GenerationMixin):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(self.block_class(config, i) for i in range(config.n_layer))
-        self.final_norm = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.final_norm = final_norm(config)
+        self.lm_head = output_head(config, config.vocab_size)
         self.generation_config = GenerationConfig(
             max_length=config.block_size,
             pad_token_id=config.padding_idx,
@@ -211,7 +221,7 @@ class StudentModel(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, (KroneckerMap, HeadGain)):
+        if isinstance(module, (KroneckerMap, HeadGain, FoldedNorm)):
             module.init_weights()
 
     @torch.no_grad()
@@ -225,6 +235,13 @@ class StudentModel(PreTrainedModel, GenerationMixin):
         for block in self.blocks:
             if isinstance(block, StudentBlock):
                 block.init_weights()
+
+    def _get_resized_lm_head(self, old_lm_head: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        """Return the head with another number of tokens; of a low-rank one, resize the last map."""
+        if not isinstance(old_lm_head, LowRankHead):
+            return super()._get_resized_lm_head(old_lm_head, *args, **kwargs)
+        old_lm_head.up = super()._get_resized_lm_head(old_lm_head.up, *args, **kwargs)
+        return old_lm_head
 
     def _open_cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
         if cache is None and not use_cache:

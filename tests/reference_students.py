@@ -62,9 +62,20 @@ def reference_logits(student: StudentModel, token_ids: list[int]) -> tuple[list[
         block = {k[len(prefix) :]: v for k, v in parameters.items() if k.startswith(prefix)}
         state = step(block, state, config)
         hidden.append(sum(state[1:], state[0]))
-    final = {"n.weight": parameters["final_norm.weight"], "n.bias": parameters["final_norm.bias"]}
-    head = parameters.get("lm_head.weight", parameters["wte.weight"])
-    return hidden, layer_norm(final, "n", hidden[-1]) @ head.T
+    if config.head_rank is None:
+        head = parameters.get("lm_head.weight", parameters["wte.weight"])
+    else:
+        head = parameters["lm_head.up.weight"] @ parameters["lm_head.down.weight"]
+    bias = parameters.get("lm_head.bias", parameters.get("lm_head.up.bias", 0.0))
+    return hidden, final_features(parameters, hidden[-1]) @ head.T + bias
+
+
+def final_features(parameters: dict[str, Tensor], hidden: Tensor) -> Tensor:
+    weight = parameters["final_norm.weight"]
+    if weight.ndim == 1:
+        return layer_norm(parameters, "final_norm", hidden)
+    mapped = torch.stack([weight @ torch.cat([h, torch.ones_like(h[:1])]) for h in hidden])
+    return mapped / (mapped.square().mean(-1, keepdim=True) + 1e-5).sqrt()
 
 
 def _vanilla(p: dict[str, Tensor], state: tuple[Tensor, ...], config: Any) -> tuple[Tensor, ...]:

@@ -84,7 +84,8 @@ def main(argv: list[str] | None = None) -> None:
     result["environment"]["command"] = shlex.join(
         ["python", "-m", PROGRAM, *(sys.argv[1:] if argv is None else argv)]
     )
-    _finish(result, Path(arguments.output_dir or student.run_dir / "evaluation"))
+    where = Path(arguments.output_dir or student.run_dir / "evaluation")
+    _finish(result, where, student.run_dir)
 
 
 def _check_names(arguments: argparse.Namespace) -> None:
@@ -268,7 +269,7 @@ def _add_measurement_flags(parser: CommandParser) -> None:
     add("--seed", type=non_negative_int, default=0, help="of the sampled texts (default: 0)")
 
 
-def _finish(result: "EvaluationResult", output_dir: Path) -> None:
+def _finish(result: "EvaluationResult", output_dir: Path, run_dir: Path) -> None:
     """Print first: the numbers survive a folder that cannot be written."""
     from distillation.evaluation import tables
     from distillation.evaluation.report import write_report
@@ -278,7 +279,7 @@ def _finish(result: "EvaluationResult", output_dir: Path) -> None:
     for note in result["notes"]:
         print(f"note: {clean_line(note, 600)}")
     sys.stdout.flush()
-    paths = write_report(result, output_dir)
+    paths = write_report(result, output_dir, run_dir=run_dir)
     print(f"report: {paths['report.html']}")
     others = ", ".join(name for name in paths if name != "report.html")
     print(f"beside it: {others}")

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from cleangpt.blocks import BlockStack
 from distillation.evaluation.results import BlockError
 from distillation.evaluation.scoring_windows import WindowBatch
+from distillation.least_squares import LeastSquares
 
 Stitch = Callable[[Tensor], Tensor]
 BlockPairs = list[tuple[Tensor, Tensor]]
@@ -60,50 +61,6 @@ class ErrorSums:
         )
 
 
-class LeastSquaresStitch:
-    """A linear map with bias, W = (X'X + R)^-1 X'Y, from streaming sums.
-
-    It keeps sums only, so one pass fits all blocks. The ridge R is a millionth of the diagonal of
-    X'X, channel by channel, so that outlier channels do not set it: it only makes the solution
-    exist when channels are constant or positions are few.
-    """
-
-    def __init__(self) -> None:
-        self.gram: Tensor | None = None
-        self.cross: Tensor | None = None
-        self.weight: Tensor | None = None
-
-    def add(
-        self,
-        student: Float[Tensor, "positions d_student"],
-        teacher: Float[Tensor, "positions d_teacher"],
-    ) -> None:
-        """Add positions to fit on."""
-        inputs = _with_ones(student)
-        gram, cross = inputs.T @ inputs, inputs.T @ teacher.cpu().double()
-        self.gram = gram if self.gram is None else self.gram + gram
-        self.cross = cross if self.cross is None else self.cross + cross
-
-    def solve(self) -> None:
-        """Fix the weight; ``__call__`` works from now on."""
-        assert self.gram is not None, "solve() before add()"
-        assert self.cross is not None, "solve() before add()"
-        ridge = torch.diag(1e-6 * self.gram.diagonal() + 1e-12)
-        self.weight = torch.linalg.solve(self.gram + ridge, self.cross)
-
-    def __call__(
-        self, student: Float[Tensor, "positions d_student"]
-    ) -> Float[Tensor, "positions d_teacher"]:
-        """Apply the fitted map."""
-        assert self.weight is not None, "solve() comes first"
-        return _with_ones(student) @ self.weight
-
-
-def _with_ones(student: Tensor) -> Tensor:
-    """Append the constant 1 that carries the bias."""
-    return F.pad(student.cpu().double(), (0, 1), value=1.0)
-
-
 @torch.no_grad()
 def block_pairs(
     student: BlockStack, teacher: BlockStack, layer_map: Sequence[int], batch: WindowBatch
@@ -143,12 +100,14 @@ def measure_blocks(
 
 
 @torch.no_grad()
-def fit_stitches(pairs: Iterable[BlockPairs], num_blocks: int) -> list[LeastSquaresStitch]:
-    """Return the least-squares stitch of every block."""
-    stitches = [LeastSquaresStitch() for _ in range(num_blocks)]
+def fit_stitches(pairs: Iterable[BlockPairs], num_blocks: int) -> list[Stitch]:
+    """Return the least-squares stitch of every block, which works in float64 on the CPU."""
+    sums = [LeastSquares() for _ in range(num_blocks)]
     for batch_pairs in pairs:
-        for stitch, (own, theirs) in zip(stitches, batch_pairs, strict=True):
-            stitch.add(own, theirs)
-    for stitch in stitches:
-        stitch.solve()
-    return stitches
+        for own_sums, (own, theirs) in zip(sums, batch_pairs, strict=True):
+            own_sums.add(own, theirs)
+    return [_affine(*own_sums.regression()) for own_sums in sums]
+
+
+def _affine(weight: Tensor, bias: Tensor) -> Stitch:
+    return lambda student: F.linear(student.cpu().double(), weight, bias)

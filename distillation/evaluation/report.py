@@ -16,6 +16,7 @@ from pathlib import Path
 from cleangpt.errors import EnvironmentProblem
 from cleangpt.run_directory import disk_errors_explained, write_atomically
 from distillation.evaluation import plots, tables
+from distillation.evaluation.audit_table import AUDIT_SENTENCE, AUDIT_TITLE, Table, read_audit
 from distillation.evaluation.results import EvaluationResult, without_non_finite
 from distillation.evaluation.safe_text import (
     clean_line,
@@ -44,8 +45,15 @@ STITCH_TEXTS = {
 }
 
 
-def write_report(result: EvaluationResult, output_dir: str | Path) -> dict[str, Path]:
+def write_report(
+    result: EvaluationResult, output_dir: str | Path, *, run_dir: Path | None = None
+) -> dict[str, Path]:
     """Write all files, and return name to path.
+
+    Args:
+        result: What an evaluation found.
+        output_dir: The folder to write to.
+        run_dir: The run the student came from, whose audit of the teacher is shown; None has none.
 
     Raises:
         EnvironmentProblem: If the folder cannot be written.
@@ -56,10 +64,11 @@ def write_report(result: EvaluationResult, output_dir: str | Path) -> dict[str, 
         light, dark = plots.draw_plots(result), plots.draw_plots(result, plots.DARK)
     else:
         logger.warning("matplotlib is not installed: tables are written, plots are not.")
+    audit = None if run_dir is None else read_audit(run_dir)
     contents = {
         "results.json": results_json(result).encode(),
-        "report.md": report_markdown(result, list(light)).encode(),
-        "report.html": report_html(result, light, dark).encode(),
+        "report.md": report_markdown(result, list(light), audit).encode(),
+        "report.html": report_html(result, light, dark, audit).encode(),
         **light,
     }
     with _own_folder(Path(output_dir)) as folder:
@@ -71,7 +80,9 @@ def results_json(result: EvaluationResult) -> str:
     return json.dumps(without_non_finite(result), indent=2, allow_nan=False) + "\n"
 
 
-def report_markdown(result: EvaluationResult, plot_names: list[str]) -> str:
+def report_markdown(
+    result: EvaluationResult, plot_names: list[str], audit: Table | None = None
+) -> str:
     """Return the report as Markdown, foreign text escaped."""
     data = result["data"]
     parts = [
@@ -89,6 +100,9 @@ def report_markdown(result: EvaluationResult, plot_names: list[str]) -> str:
             _hidden_sentence(result),
             tables.markdown_table(tables.BLOCK_COLUMNS, rows, markdown_line),
         ]
+    if audit is not None:
+        table = tables.markdown_table(*audit, markdown_line)
+        parts += [f"## {AUDIT_TITLE}", AUDIT_SENTENCE, table]
     if result["generations"]:
         settings = json.dumps(result["generation_settings"])
         parts += ["## Generations", f"Same prompts, settings and seed for all: `{settings}`"]
@@ -122,7 +136,10 @@ GLOSSARY = {
 
 
 def report_html(
-    result: EvaluationResult, light: Mapping[str, bytes], dark: Mapping[str, bytes]
+    result: EvaluationResult,
+    light: Mapping[str, bytes],
+    dark: Mapping[str, bytes],
+    audit: Table | None = None,
 ) -> str:
     """Return one HTML page with everything inside; every value is escaped by the template."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -147,6 +164,9 @@ def report_html(
         block_rows=tables.block_rows(result),
         data_sentence=_data_sentence(result, clean_line(f"{data['name']} ({data['split']})")),
         hidden_sentence=_hidden_sentence(result),
+        audit=audit,
+        audit_title=AUDIT_TITLE,
+        audit_sentence=AUDIT_SENTENCE,
         pictures=[
             (CAPTIONS[name], _data_uri(light[name]), _data_uri(dark[name])) for name in light
         ],

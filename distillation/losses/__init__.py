@@ -7,5 +7,6 @@ a loss sees no padding and needs no mask.
 
 from distillation.losses.hidden_state_loss import DistillationLoss
 from distillation.losses.logit_loss import LogitDistillationLoss
+from distillation.losses.target_statistics import TargetStatistics
 
-__all__ = ["DistillationLoss", "LogitDistillationLoss"]
+__all__ = ["DistillationLoss", "LogitDistillationLoss", "TargetStatistics"]

@@ -4,16 +4,17 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from cleangpt.errors import UsageError
 from cleangpt.run_directory import RunDirectory
 from cleangpt.runtime.module_state import preserved_modes
 from distillation.activations import Activations
+from distillation.audit import TeacherAudit, audit_teacher, pca_basis
 from distillation.config import (
     DistillationConfig,
     LoopOptions,
@@ -25,13 +26,18 @@ from distillation.layer_map import uniform_layer_map
 from distillation.losses import DistillationLoss
 from distillation.passing_states import PassingStates
 from distillation.pictures import save_hidden_state_picture
+from distillation.read_outs import fit_read_outs
 from distillation.stages import BlockStage, Loss, Stage
+from distillation.teacher_init import init_from_teacher, slice_basis
 from distillation.trainers.base_trainer import BaseDistillationTrainer
 from distillation.trainers.stage_loop import StageResult, derived_seed
-from stitching_layers import StitchingLayers, stitches_to_bytes
+from stitching_layers import StitchingLayer, StitchingLayers, stitches_to_bytes
 
 logger = logging.getLogger(__name__)
 
+BASES = {"pca": pca_basis, "slice": slice_basis}
+STITCH_FIT_TOKENS = 16_384
+READ_OUT_TOKENS = 16_384
 ROW = "%5s  %7s  %10s  %10s  %10s  %14s  %8s  %s"
 
 
@@ -58,6 +64,7 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
         output_dir: The run's directory.
         log_interval: Optimizer steps between two logged lines.
         optimizer_cls: Called as ``optimizer_cls(parameter_groups, lr=...)``.
+        validation_dataloader: Held-out batches, to keep the best weights by; None has none.
         overwrite: Whether an earlier run in ``output_dir`` may be deleted.
         **options: See :class:`~distillation.config.DistillationConfig`.
 
@@ -81,6 +88,7 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
         log_interval: int = 50,
         optimizer_cls: Callable[..., Any] = torch.optim.AdamW,
         *,
+        validation_dataloader: Any = None,
         overwrite: bool = False,
         **options: Unpack[LoopOptions],
     ) -> None:
@@ -102,6 +110,7 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
             run=RunDirectory(output_dir),
             optimizer_cls=optimizer_cls,
             config=config,
+            validation_dataloader=validation_dataloader,
         )
         self.overwrite = overwrite
         self.hidden_state_loss_fn: Loss = DistillationLoss(
@@ -109,6 +118,9 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
         )
         self.layer_map = uniform_layer_map(self.student.num_blocks, self.teacher.num_blocks)
         self.stitches: StitchingLayers | None = None
+        self.stitches_are_stale = False
+        self.audit: TeacherAudit | None = None
+        self.is_prepared = False
         self._check_widths()
 
     def train_backbone(
@@ -158,9 +170,91 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
             max_grad_norm_per_block=max_grad_norm_per_block,
         )
 
-    def _train_blocks(self, settings: list[StageSettings]) -> list[dict[str, Any]]:
-        if self.config.use_stitching_layers:
+    def prepare(self) -> None:
+        """Measure the teacher, start the student from it, and make the stitches; done once."""
+        if self.is_prepared:
+            return
+        self.is_prepared = True
+        config = self.config
+        needs_statistics = standardises(self.hidden_state_loss_fn)
+        if needs_statistics or config.init_from_teacher in BASES or config.audit_tokens:
+            self._audit()
+        if config.init_from_teacher != "none":
+            how = config.init_from_teacher
+            models = self.teacher, self.student, self.layer_map
+            for line in init_from_teacher(*models, how, self._basis()):
+                logger.info("From the teacher: %s", line)
+        if config.use_stitching_layers:
             self.stitches = self._new_stitches()
+
+    def level_loss(self, block: int) -> Loss:
+        """The hidden-state loss of a student block, knowing its teacher level's statistics."""
+        loss_fn = self.hidden_state_loss_fn
+        if self.audit is None or not standardises(loss_fn):
+            return loss_fn
+        statistics = self.audit.statistics(self.layer_map[block] + 1)
+        return loss_fn.at_level(statistics.to(self.device))
+
+    def stages(self, activations: Activations) -> list[BlockStage]:
+        """One stage per block."""
+        return [self._stage(block, activations) for block in range(self.student.num_blocks)]
+
+    @torch.no_grad()
+    def last_read_out(self) -> StitchingLayer | None:
+        """The last block's trained stitch, leading to the teacher's raw or token-normalised state.
+
+        None without stitches, or if the loss leaves the state's length open.
+        """
+        if self.stitches is None:
+            return None
+        trained: Any = self.stitches[-1]
+        loss_fn = self.level_loss(self.student.num_blocks - 1)
+        if not standardises(loss_fn):
+            return trained
+        back = loss_fn.restored()
+        if back is None:
+            return None
+        matrix, mean = back
+        stitch = StitchingLayer(self.student.hidden_size, self.teacher.hidden_size).to(self.device)
+        weight, bias = trained.projection.weight, trained.projection.bias
+        stitch.projection.weight.copy_(matrix @ weight)
+        stitch.projection.bias.copy_(mean if bias is None else mean + matrix @ bias)
+        return stitch
+
+    def write_stitches(self) -> None:
+        """Write the linear read-outs from the student as it is now to the teacher's raw states.
+
+        Those that were trained are it, unless their targets were normalised or the student has
+        changed since; then they are fitted by least squares.
+        """
+        if self.stitches is None:
+            return
+        stitches = self.stitches
+        if self.stitches_are_stale:
+            stitches = fit_read_outs(
+                self.teacher, self.student, stitches, self.batches(0), READ_OUT_TOKENS
+            )
+        self.run.write_bytes("stitching_layers.safetensors", stitches_to_bytes(stitches))
+
+    def _basis(self) -> Tensor | None:
+        """The basis in which the student sees the teacher's states; None at equal widths."""
+        same_width = self.teacher.hidden_size == self.student.hidden_size
+        if self.config.init_from_teacher == "layers" or same_width or self.audit is None:
+            return None
+        find = BASES[self.config.init_from_teacher]
+        return find(self.audit.pooled_covariance(), self.student.hidden_size)
+
+    def _audit(self) -> None:
+        tokens = self.config.audit_tokens or DistillationConfig.audit_tokens
+        self.teacher_model.eval()
+        with self.precision.autocast(self.device):
+            self.audit = audit_teacher(self.teacher, self.batches(0), tokens)
+        width = self.student.hidden_size
+        logger.info("The teacher's hidden states:\n%s", self.audit.shown(width))
+        self.run.write_json("audit.json", {**self.audit.to_json(), "student_width": width})
+
+    def _train_blocks(self, settings: list[StageSettings]) -> list[dict[str, Any]]:
+        self.prepare()
         if not self.config.freeze_previous_blocks:
             logger.info("Earlier blocks and the embeddings go on learning with each block.")
         logger.info("Student block -> teacher block: %s", dict(enumerate(self.layer_map)))
@@ -170,30 +264,39 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
             rows = self._train_together(settings)
         else:
             rows = [self._train_block(block, settings[block]) for block in range(len(settings))]
-        if self.stitches is not None:
-            self.run.write_bytes("stitching_layers.safetensors", stitches_to_bytes(self.stitches))
+        self.stitches_are_stale = standardises(self.hidden_state_loss_fn)
+        self.write_stitches()
         return rows
 
     def _train_block(self, block: int, settings: StageSettings) -> dict[str, Any]:
         stage = self._stage(block, self.activations)
+        self._start_stitch(stage)
         return self._write_row(stage, self.train_stage(stage, settings))
 
     def _train_together(self, settings: list[StageSettings]) -> list[dict[str, Any]]:
-        kept = self.activations.memory_for_all_levels(len(set(self.layer_map)))
-        states = PassingStates(self.activations, self.layer_map, kept)
-        stages = [self._stage(block, states) for block in range(len(settings))]
+        states = PassingStates(self.activations, self.layer_map)
+        stages = self.stages(states)
+        for stage in stages:
+            self._start_stitch(stage)
         try:
             results = self.train_together("all blocks", stages, settings)
         finally:
-            kept.clear()  # the head phase needs the room
+            states.forget()  # the head phase needs the room
         return [self._write_row(*done) for done in zip(stages, results, strict=True)]
+
+    def _start_stitch(self, stage: BlockStage) -> None:
+        if self.config.stitch_start == "least_squares":
+            self.teacher_model.eval()
+            self.student_model.eval()
+            with self.precision.autocast(self.device):
+                stage.fit_stitch(self.batches(0), STITCH_FIT_TOKENS)
 
     def _stage(self, block: int, activations: Activations) -> BlockStage:
         return BlockStage(
             block,
             self.layer_map[block],
             activations,
-            self.hidden_state_loss_fn,
+            self.level_loss(block),
             stitch=None if self.stitches is None else self.stitches[block],  # type: ignore[arg-type]
             freeze_previous=self.config.freeze_previous_blocks,
             first_position=self.config.first_hidden_position,
@@ -244,22 +347,20 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
             )
 
 
+def standardises(loss_fn: Loss) -> TypeGuard[DistillationLoss]:
+    """Whether a loss compares with standardised targets, which need the teacher's statistics."""
+    return isinstance(loss_fn, DistillationLoss) and loss_fn.needs_statistics
+
+
 def block_row(stage: BlockStage, result: StageResult) -> dict[str, Any]:
     """One line of the table of blocks."""
     relative_error = result.summary["relative_error"]
     return {
-        "stage": result.name,
+        **result.row(),
         "block": stage.block,
         "teacher_block": stage.teacher_block,
-        "first_loss": result.first_loss,
-        "best_loss": result.best_loss,
-        "last_loss": result.last_loss,
         "relative_error": relative_error,
         "verdict": verdict(result, relative_error),
-        "steps": result.steps,
-        "skipped": result.skipped,
-        "tokens": result.tokens,
-        "seconds": result.seconds,
     }
 
 

@@ -58,6 +58,8 @@ class BaseDistillationTrainer:
         run: The run's directory.
         optimizer_cls: Called as ``optimizer_cls(parameter_groups, lr=...)``.
         config: The run's settings.
+        validation_dataloader: Held-out batches of the same form. After each epoch the stage's loss
+            on them is written down; at its end the weights of the best epoch are kept.
 
     Raises:
         InputError: If a model's blocks cannot be found, or vocabularies do not match.
@@ -75,11 +77,13 @@ class BaseDistillationTrainer:
         run: RunDirectory,
         optimizer_cls: Callable[..., Any],
         config: DistillationConfig,
+        validation_dataloader: Any = None,
     ) -> None:
         self.teacher_model = teacher_model
         self.student_model = student_model
         self.tokenizer = tokenizer
         self.train_dataloader = train_dataloader
+        self.validation_dataloader = validation_dataloader
         self.device = torch.device(device)
         self.run = run
         self.optimizer_cls = optimizer_cls
@@ -90,6 +94,12 @@ class BaseDistillationTrainer:
         self.precision = choose_precision(config.precision, self.device, self.student.hidden_size)
         self.progress = RunProgress(1)
         check_vocabulary(self.teacher, self.student, tokenizer)
+        if config.early_stop_patience and validation_dataloader is None:
+            raise UsageError(
+                f"early_stop_patience={config.early_stop_patience} waits for a better validation"
+                " loss, and there is no validation_dataloader.",
+                "Give the trainer a validation_dataloader, or set early_stop_patience=0.",
+            )
 
     def about_run(self) -> dict[str, Any]:
         """What the manifest says of this run."""
@@ -137,7 +147,7 @@ class BaseDistillationTrainer:
             self.activations.opened(
                 self.config,
                 self.run.path / "activations",
-                positions_in(self.train_dataloader),
+                self._positions(),
                 self.precision.name,
             ),
         ):
@@ -154,10 +164,19 @@ class BaseDistillationTrainer:
         for owner in owners:
             if hasattr(owner, "set_epoch"):
                 owner.set_epoch(epoch)
-        for raw in self.train_dataloader:
+        yield from self._checked(self.train_dataloader)
+
+    def _checked(self, loader: Any) -> Iterator[Batch]:
+        for raw in loader:
             batch = as_batch(raw, self.device)
             check_batch(batch, self.teacher, self.student)
             yield batch
+
+    def _positions(self) -> int | None:
+        """The tokens whose states may be kept; None if a loader does not tell."""
+        loaders = [self.train_dataloader, self.validation_dataloader]
+        found = [positions_in(loader) for loader in loaders if loader is not None]
+        return None if None in found else sum(count or 0 for count in found)
 
     def train_stage(self, stage: Stage, settings: StageSettings) -> StageResult:
         """Train one stage and return what it did; see :meth:`train_together`."""
@@ -202,16 +221,14 @@ class BaseDistillationTrainer:
         try:
             with compiled(modules if self.config.compile_blocks else ()):
                 for epoch in range(max(own.epochs for own in settings)):
-                    active = [loop for loop in loops if epoch < loop.settings.epochs]
-                    for loop in loops:
-                        for module in loop.stage.modules().values():
-                            module.train(loop in active)
-                    self._train_epoch(active, epoch)
+                    if not self._train_epoch(loops, epoch):
+                        break
         finally:
             self.progress.end_stage()
             for loop in loops:  # a finished stage's gradients would stay for the whole run
                 loop.optimizer.zero_grad(set_to_none=True)
         for loop in loops:
+            loop.restore_best()
             loop.result.seconds = (time.perf_counter() - started_at) / len(loops)
             loop.result.summary = loop.stage.summary()
         if self._frozen_checksum(stages) != before:
@@ -239,7 +256,16 @@ class BaseDistillationTrainer:
             )
         return math.ceil(num_batches / self.config.gradient_accumulation_steps)
 
-    def _train_epoch(self, loops: list[StageLoop], epoch: int) -> None:
+    def _train_epoch(self, all_loops: list[StageLoop], epoch: int) -> bool:
+        """Train the stages that are not done yet; return whether there were any."""
+        loops = [
+            loop for loop in all_loops if epoch < loop.settings.epochs and not loop.has_stopped
+        ]
+        if not loops:
+            return False
+        for loop in all_loops:
+            for module in loop.stage.modules().values():
+                module.train(loop in loops)
         seed = derived_seed(self.config.seed, loops[0].stage.name, f"epoch {epoch}")
         seed_generators(seed, self.device)
         for loop in loops:
@@ -259,6 +285,27 @@ class BaseDistillationTrainer:
         for loop in loops:
             loop.end_epoch(self.run, epoch)
             self.after_epoch(loop.stage, epoch)
+        self._validate(loops, epoch)
+        return True
+
+    @torch.no_grad()
+    def _validate(self, loops: list[StageLoop], epoch: int) -> None:
+        """Take the stages' losses on held-out data, and remember which weights were best."""
+        if self.validation_dataloader is None:
+            return
+        for loop in loops:
+            for module in loop.stage.modules().values():
+                module.eval()
+        sums, counts = [0.0] * len(loops), [0] * len(loops)
+        for batch in self._checked(self.validation_dataloader):
+            for index, loop in enumerate(loops):
+                count = loop.stage.count(batch)
+                if count:
+                    with self.precision.autocast(self.device):
+                        sums[index] += float(loop.stage.loss(batch)) * count
+                    counts[index] += count
+        for loop, total, count in zip(loops, sums, counts, strict=True):
+            loop.keep_best(total / max(1, count), self.run, epoch)
 
     def after_epoch(self, stage: Stage, epoch: int) -> None:
         """Called after each epoch of a stage; does nothing here."""

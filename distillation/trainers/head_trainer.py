@@ -9,12 +9,17 @@ import torch
 from torch import nn
 from typing_extensions import Unpack
 
+from cleangpt.errors import UsageError
+from cleangpt.heads import head_is_tied
 from cleangpt.run_directory import RunDirectory
 from distillation.config import DistillationConfig, LoopOptions, StageSettings
+from distillation.head_fold import check_foldable, fold_head
 from distillation.head_init import can_copy_head, copy_head, fit_head, untie_lm_head
+from distillation.logit_stages import HeadStage
 from distillation.losses import LogitDistillationLoss
-from distillation.stages import HeadStage, Loss
+from distillation.stages import Loss
 from distillation.trainers.base_trainer import BaseDistillationTrainer
+from stitching_layers import StitchingLayer
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +33,9 @@ class HeadDistillationTrainer(BaseDistillationTrainer):
     The student is trained in place and not saved; see
     :func:`~distillation.utils.save_checkpoint`. After a backbone trainer, give it an ``output_dir``
     of its own. A head tied to the embeddings is untied first: training it tied would move what
-    feeds the frozen blocks. ``logit_loss_fn`` may be replaced after construction, as
-    ``hidden_state_loss_fn`` of the backbone trainer.
+    feeds the frozen blocks. With ``head_tying="tie"`` it stays so, and only the final norm learns.
+    ``logit_loss_fn`` may be replaced after construction, as ``hidden_state_loss_fn`` of the
+    backbone trainer.
 
     Args:
         teacher_model: A HuggingFace causal LM. It is never changed.
@@ -43,6 +49,7 @@ class HeadDistillationTrainer(BaseDistillationTrainer):
         output_dir: The run's directory.
         log_interval: Optimizer steps between two logged lines.
         optimizer_cls: Called as ``optimizer_cls(parameter_groups, lr=...)``.
+        validation_dataloader: Held-out batches, to keep the best weights by; None has none.
         overwrite: Whether an earlier run in ``output_dir`` may be deleted.
         **options: See :class:`~distillation.config.DistillationConfig`.
     """
@@ -61,6 +68,7 @@ class HeadDistillationTrainer(BaseDistillationTrainer):
         log_interval: int = 50,
         optimizer_cls: Callable[..., Any] = torch.optim.AdamW,
         *,
+        validation_dataloader: Any = None,
         overwrite: bool = False,
         **options: Unpack[LoopOptions],
     ) -> None:
@@ -80,12 +88,16 @@ class HeadDistillationTrainer(BaseDistillationTrainer):
             run=RunDirectory(output_dir),
             optimizer_cls=optimizer_cls,
             config=config,
+            validation_dataloader=validation_dataloader,
         )
         self.overwrite = overwrite
         self.logit_loss_fn: Loss = LogitDistillationLoss(logit_loss_type, logit_loss_temperature)
         # Whether the student's hidden states are the teacher's only through a stitch; a caller
         # who knows that they are the teacher's own sets False, and the head is copied then.
         self.stitched = True
+        # The last block's trained stitch, from raw student to teacher states; head_start="fold"
+        # folds it into the head.
+        self.last_stitch: StitchingLayer | None = None
 
     def train_head(
         self,
@@ -95,7 +107,7 @@ class HeadDistillationTrainer(BaseDistillationTrainer):
         lm_head_max_grad_norm: float = 1.0,
         initialize_from_teacher: bool = True,
     ) -> dict[str, Any]:
-        """Untie, initialise and train the head.
+        """Untie, initialise and train the head; a head that stays tied trains its norm only.
 
         Args:
             lm_head_epochs: Passes over the data; 0 keeps the head as initialised.
@@ -103,14 +115,15 @@ class HeadDistillationTrainer(BaseDistillationTrainer):
             lm_head_wd: Weight decay of the head's matrix.
             lm_head_max_grad_norm: Clipping threshold.
             initialize_from_teacher: Whether the head starts from the teacher's: copied where it
-                fits, else by least squares.
+                fits, else as ``head_start`` says.
 
         Returns:
             ``head_loss`` (last epoch's mean, None if nothing was trained) and ``head``, a row with
             first, best and last loss.
 
         Raises:
-            UsageError: If a value is out of range.
+            UsageError: If a value is out of range, or the student's head is not of the kind that
+                ``head_tying`` or ``head_start`` asks for.
             NonFiniteError: If losses stay NaN or infinite.
         """
         settings = self.stage_settings(
@@ -127,8 +140,17 @@ class HeadDistillationTrainer(BaseDistillationTrainer):
         lm_head_wd: float,
         lm_head_max_grad_norm: float,
     ) -> StageSettings:
-        """Check the data and the arguments of :meth:`train_head`, before a run starts."""
+        """Check the data, the student and the arguments of :meth:`train_head`, before a run."""
         self.steps_per_epoch()
+        if self.config.head_tying == "tie" and not head_is_tied(self.student):
+            raise UsageError(
+                "head_tying='tie' leaves the head the embedding matrix, and this student's head has"
+                " weights of its own.",
+                "Choose head_tying='untie', or build the student without head_rank and with the"
+                " default final_norm.",
+            )
+        if self.config.head_start == "fold":
+            check_foldable(self.student)
         return StageSettings(
             epochs=lm_head_epochs,
             lr=lm_head_lr,
@@ -137,24 +159,14 @@ class HeadDistillationTrainer(BaseDistillationTrainer):
         )
 
     def _prepare_and_train(self, settings: StageSettings, from_teacher: bool) -> dict[str, Any]:
-        if untie_lm_head(self.student):
+        if self.config.head_tying == "untie" and untie_lm_head(self.student):
             logger.info("The head was tied to the embeddings; it has its own weight from here on.")
         if from_teacher:
             self._start_from_teacher()
         stage = HeadStage(
             self.activations, self.logit_loss_fn, loss_weight=self.config.logit_loss_weight
         )
-        result = self.train_stage(stage, settings)
-        row = {
-            "stage": result.name,
-            "first_loss": result.first_loss,
-            "best_loss": result.best_loss,
-            "last_loss": result.last_loss,
-            "steps": result.steps,
-            "skipped": result.skipped,
-            "tokens": result.tokens,
-            "seconds": result.seconds,
-        }
+        row = self.train_stage(stage, settings).row()
         self.run.metrics.write("head", **row)
         self.run.add_stage(row)
         logger.info(
@@ -166,10 +178,19 @@ class HeadDistillationTrainer(BaseDistillationTrainer):
     def _start_from_teacher(self) -> None:
         self.teacher_model.eval()
         self.student_model.eval()
-        if can_copy_head(self.teacher, self.student, stitched=self.stitched):
+        tied = head_is_tied(self.student)  # a copy would move what feeds the blocks
+        if not tied and can_copy_head(self.teacher, self.student, stitched=self.stitched):
             copy_head(self.teacher, self.student)
             logger.info("The head starts as a copy of the teacher's final norm and head.")
-            return
-        with self.precision.autocast(self.device):
-            fit_head(self.activations, self.batches(0), HEAD_FIT_TOKENS)
-        logger.info("The head starts as the least-squares fit of the teacher's logits.")
+        elif self.config.head_start == "fold":
+            if self.last_stitch is None:
+                raise UsageError(
+                    "head_start='fold' folds the last block's stitching layer into the head, and"
+                    " this run has none.",
+                    "Keep use_stitching_layers=True, or choose head_start='least_squares'.",
+                )
+            fold_head(self.last_stitch, self.teacher, self.student)
+            logger.info("The head starts as the teacher's, folded with the last stitching layer.")
+        else:
+            with self.precision.autocast(self.device):
+                fit_head(self.activations, self.batches(0), HEAD_FIT_TOKENS)

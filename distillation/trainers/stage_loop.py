@@ -43,6 +43,9 @@ class StageResult:
         tokens: Valid positions seen.
         seconds: Wall time; of stages that trained together, an equal share.
         summary: What the stage itself measured.
+        validation_losses: Mean loss on held-out data after each epoch; empty without such data.
+        kept_epoch: The epoch (from 0) whose weights were kept for their validation loss; None if
+            there was no such choice.
     """
 
     name: str
@@ -53,6 +56,8 @@ class StageResult:
     tokens: int = 0
     seconds: float = 0.0
     summary: dict[str, float] = field(default_factory=dict)
+    validation_losses: list[float] = field(default_factory=list)
+    kept_epoch: int | None = None
 
     @property
     def last_loss(self) -> float:
@@ -64,6 +69,21 @@ class StageResult:
         """Lowest epoch mean; NaN if nothing was trained."""
         finite = [loss for loss in self.epoch_losses if math.isfinite(loss)]
         return min(finite, default=math.nan)
+
+    def row(self) -> dict[str, Any]:
+        """What tables, logs and the manifest say of every stage."""
+        return {
+            "stage": self.name,
+            "first_loss": self.first_loss,
+            "best_loss": self.best_loss,
+            "last_loss": self.last_loss,
+            "validation_losses": self.validation_losses,
+            "kept_epoch": self.kept_epoch,
+            "steps": self.steps,
+            "skipped": self.skipped,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+        }
 
 
 class StageLoop:
@@ -93,6 +113,8 @@ class StageLoop:
         self.precision = precision
         self.result = StageResult(stage.name)
         self.step_index = 0
+        self.has_stopped = False
+        self._best_weights: list[Tensor] = []
         self._deferred = self.device.type != "cpu" and skips_nonfinite_steps(optimizer)
         self._pending: list[tuple[int, Tensor, Tensor, int]] = []
         self._nonfinite_in_a_row = 0
@@ -111,8 +133,35 @@ class StageLoop:
         self.result.epoch_losses.append(mean)
         run.metrics.write("epoch", stage=self.stage.name, epoch=epoch, loss=mean)
 
+    def keep_best(self, validation_loss: float, run: RunDirectory, epoch: int) -> None:
+        """Remember the weights with the lowest validation loss; stop when it no longer falls."""
+        losses = self.result.validation_losses
+        losses.append(validation_loss)
+        run.metrics.write("validation", stage=self.stage.name, epoch=epoch, loss=validation_loss)
+        kept = self.result.kept_epoch
+        is_best = kept is None or validation_loss < losses[kept]
+        if is_best and math.isfinite(validation_loss):
+            self.result.kept_epoch = epoch
+            self._best_weights = [p.detach().clone() for p in self.parameters]
+            return
+        patience = self.config.early_stop_patience
+        if kept is not None and patience and epoch - kept >= patience:
+            self.has_stopped = True
+            logger.info(
+                "%s stops after epoch %d: no better validation loss since epoch %d.",
+                *(self.stage.name, epoch + 1, kept + 1),
+            )
+
+    @torch.no_grad()
+    def restore_best(self) -> None:
+        """Go back to the weights with the lowest validation loss, if they are not the last."""
+        for parameter, best in zip(self.parameters, self._best_weights, strict=False):
+            parameter.copy_(best)
+        self._best_weights = []
+
     def step(self, micro_batches: list[Batch]) -> None:
         """One optimizer step: count, backward, clip, check, step."""
+        self.stage.progress = self.step_index / max(1, self.total_steps)
         seed = derived_seed(self.config.seed, self.stage.name, self.step_index)
         seed_generators(seed, self.device)
         factor = learning_rate_factor(
@@ -235,7 +284,7 @@ def parameter_groups(stage: Stage, settings: StageSettings) -> list[dict[str, An
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in stage.trainable_parameters().items():
-        plain = parameter.ndim < 2 or name.startswith("stitch.")
+        plain = parameter.ndim < 2 or name.startswith(("stitch.", "stitches."))
         (others if plain else decayed).append(parameter)
     groups = [(decayed, settings.weight_decay), (others, 0.0)]
     return [{"params": params, "weight_decay": wd} for params, wd in groups if params]

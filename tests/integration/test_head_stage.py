@@ -8,6 +8,13 @@ from torch import Tensor
 
 from tests.builders import LLAMA_LIKE, batches, padded, tiny_student, tiny_teacher
 
+HEADS: dict[str, dict[str, Any]] = {
+    "Vanilla": {},
+    "Factored": {},
+    "SASP": {"head_rank": 5},
+    "folded": {"model_type": "Vanilla", "final_norm": "folded"},
+    "both": {"model_type": "SASP", "final_norm": "folded", "head_rank": 5},
+}
 CAPPED = {"final_logit_softcapping": 2.0, "head_dim": 8, "sliding_window": 8}
 
 
@@ -23,8 +30,8 @@ def stage_of(teacher: Any, student: Any) -> Any:
     from cleangpt.blocks import BlockStack
     from distillation.activations import Activations
     from distillation.head_init import untie_lm_head
+    from distillation.logit_stages import HeadStage
     from distillation.losses import LogitDistillationLoss
-    from distillation.stages import HeadStage
 
     stack = BlockStack(student)
     untie_lm_head(stack)
@@ -37,7 +44,7 @@ def gradients(stage: Any) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in found.items() if p.grad is not None}
 
 
-@pytest.mark.parametrize("student_family", ["Vanilla", "Factored", "gemma2"])
+@pytest.mark.parametrize("student_family", [*HEADS, "gemma2"])
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "cohere"])
 def test_chunked_equals_dense(
     family: str, student_family: str, monkeypatch: pytest.MonkeyPatch
@@ -47,8 +54,11 @@ def test_chunked_equals_dense(
 
     monkeypatch.setattr(chunked, "LOGITS_AT_ONCE", 1)  # chunks of 64 positions
     teacher = teacher_of(family)
-    ours = student_family in ("Vanilla", "Factored")
-    student = tiny_student(student_family) if ours else teacher_of(student_family)
+    if student_family in HEADS:
+        fields = HEADS[student_family]
+        student = tiny_student(fields.get("model_type", student_family), **fields)
+    else:
+        student = teacher_of(student_family)
     student.eval()
     stage = stage_of(teacher, student)
     (raw,) = batches(1, batch_size=9)
@@ -84,3 +94,26 @@ def test_caps_and_scales_are_seen(family: str, linear: bool) -> None:
     from cleangpt.heads import head_is_linear
 
     assert head_is_linear(BlockStack(teacher_of(family))) is linear
+
+
+def test_a_head_in_two_factors_is_linear_until_something_follows_it() -> None:
+    from cleangpt.blocks import BlockStack
+    from cleangpt.heads import head_factors, head_is_linear
+    from model import VanillaTransformerModelDistillation
+
+    class Capped(VanillaTransformerModelDistillation):
+        """Its cap is so wide that it moves logits by less than a hundred-thousandth."""
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            output.logits = 100.0 * torch.tanh(output.logits / 100.0)
+            return output
+
+    student = tiny_student("Vanilla", head_rank=5)
+    assert head_factors(student.lm_head) == (student.lm_head.down, student.lm_head.up)
+    assert head_is_linear(BlockStack(student))
+    capped = Capped(student.config)
+    capped.load_state_dict(student.state_dict())
+    assert not head_is_linear(BlockStack(capped))
+    full = tiny_student("Vanilla")
+    assert head_factors(full.lm_head) is None

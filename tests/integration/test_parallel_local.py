@@ -50,7 +50,9 @@ def test_no_gradient_crosses_a_block(tmp_path: Path, kind: str) -> None:
 
 
 def test_the_teacher_runs_once_per_batch(tmp_path: Path) -> None:
-    trainer = backbone_trainer(tmp_path, tiny_student(n_layer=3), schedule="parallel_local")
+    trainer = backbone_trainer(
+        tmp_path, tiny_student(n_layer=3), schedule="parallel_local", audit_tokens=0
+    )
     calls = {"first": 0, "last": 0, "head": 0}
 
     def count(name: str) -> Any:
@@ -103,7 +105,12 @@ def test_kept_levels_spare_the_teacher_and_change_nothing(tmp_path: Path) -> Non
     def run(cache: str, **options: Any) -> tuple[dict[str, Tensor], int]:
         student = tiny_student(n_layer=3)
         trainer = backbone_trainer(
-            tmp_path / cache, student, schedule="parallel_local", activation_cache=cache, **options
+            tmp_path / cache,
+            student,
+            schedule="parallel_local",
+            activation_cache=cache,
+            audit_tokens=0,
+            **options,
         )
         calls = [0]
 
@@ -140,6 +147,7 @@ def test_the_levels_give_their_room_back_to_the_head_phase(tmp_path: Path) -> No
         output_dir=tmp_path / "run",
         schedule="parallel_local",
         activation_cache_gb=1.1 * one_level / 1e9,
+        audit_tokens=0,
     )
     trainer.train(1, 1e-2, lm_head_epochs=3, initialize_head_from_teacher=False)
     blocks, head, probes = len(batches()), len(batches()), 4

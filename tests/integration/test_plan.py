@@ -26,6 +26,7 @@ WORK = Workload(
     seq_len=12,
     epochs_per_block=(2, 3),
     head_epochs=2,
+    polish_epochs=0,
     layer_map=(0, 2),
     schedule="sequential",
 )
@@ -64,6 +65,17 @@ def test_blocks_that_go_on_learning_cost_their_steps() -> None:
     assert first.seconds[0] == pytest.approx(9 * (1 + 2 * 5))
     assert second.seconds[0] == pytest.approx(9 * (2 + 3 * (5 + 2)))
     assert second.flops[0] > planned().stages[1].flops[0]
+
+
+def test_a_polish_steps_through_everything() -> None:
+    polish = planned(dataclasses.replace(WORK, polish_epochs=3)).stages[-1]
+    assert polish.name == "polish"
+    assert polish.steps == 27
+    # Both blocks and the head learn in each step; streamed, the teacher's three blocks run as well.
+    step = 5 + 2 + 7
+    assert polish.seconds == (pytest.approx(9 * 3 * step), pytest.approx(9 * 3 * (step + 3)))
+    alone = planned(dataclasses.replace(WORK, polish_epochs=3, head_epochs=None)).stages[-1]
+    assert alone.seconds[0] == pytest.approx(9 * (3 + 3 * step))
 
 
 def test_room_for_half_the_states_takes_the_time_between() -> None:

@@ -211,6 +211,7 @@ def test_what_a_run_leaves_on_disk(tmp_path: Path) -> None:
     results = trainer.train(1, 1e-2)
     run = tmp_path / "run"
     assert {p.name for p in run.iterdir()} - {".lock"} == {
+        "audit.json",
         "config.json",
         "final",
         "manifest.json",

@@ -8,13 +8,14 @@ from hypothesis import given, settings, strategies as st
 
 from cleangpt.runtime.precision import PRECISIONS
 from distillation.config import BLOCK_SCHEDULES, CACHES, DistillationConfig
+from distillation.losses import DistillationLoss
 from examples.distillation_flags import build_parser
 
 SETTINGS = settings(max_examples=25, deadline=None)
 rates = st.floats(0.0, 0.99)
 temperatures = st.floats(0.01, 100.0)
 FIELDS: dict[str, st.SearchStrategy[Any]] = {
-    "distill_loss_type": st.sampled_from(["mse", "kl_div"]),
+    "distill_loss_type": st.sampled_from(DistillationLoss.LOSS_TYPES),
     "distill_loss_temperature": temperatures,
     "use_stitching_layers": st.booleans(),
     "stitching_layer_bias": st.booleans(),
@@ -38,6 +39,15 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "log_interval": st.integers(1, 999),
     "hidden_state_pictures": st.booleans(),
     "seed": st.integers(0, 2**31),
+    "init_from_teacher": st.sampled_from(["none", "pca", "slice", "layers"]),
+    "stitch_start": st.sampled_from(["random", "least_squares"]),
+    "head_start": st.sampled_from(["least_squares", "fold"]),
+    "head_tying": st.sampled_from(["untie", "tie"]),
+    "polish_hidden_weight": st.floats(0, 1e6),
+    "polish_hidden_fade": st.booleans(),
+    "audit_tokens": st.integers(0, 10**6),
+    "early_stop_patience": st.integers(0, 100),
+    "overfit_gate": st.booleans(),
 }
 VALUES = (
     st.fixed_dictionaries(FIELDS)
@@ -54,6 +64,8 @@ NEGATIVES = {
     "use_stitching_layers": "no_stitching_layers",
     "stitching_layer_bias": "no_stitching_layer_bias",
     "freeze_previous_blocks": "no_freeze_previous_blocks",
+    "polish_hidden_fade": "no_polish_hidden_fade",
+    "overfit_gate": "no_overfit_gate",
 }
 
 

@@ -65,6 +65,10 @@ def test_the_first_line_says_what_block_size_is() -> None:
         ({"padding_idx": 10, "vocab_size": 10}, "padding_idx=10 is not below vocab_size=10"),
         ({"model_type": ""}, "model_type='' is not a name"),
         ({"attn_gain": "none"}, "attn_gain='none' is not one of per_head, fixed_one"),
+        ({"head_rank": 0}, "head_rank=0 is not a whole number >= 1"),
+        ({"head_rank": 385}, "head_rank=385 is above n_embd=384"),
+        ({"head_rank": 20, "vocab_size": 19}, "head_rank=20 is above vocab_size=19"),
+        ({"final_norm": "rms"}, "final_norm='rms' is not one of layer_norm, folded"),
     ],
 )
 def test_a_value_out_of_range_is_named(fields: dict[str, object], message: str) -> None:

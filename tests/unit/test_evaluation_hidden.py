@@ -11,8 +11,8 @@ from cleangpt.errors import InputError
 from distillation.evaluation.hidden_comparison import compare_hidden_states
 from distillation.evaluation.hidden_states import (
     ErrorSums,
-    LeastSquaresStitch,
     block_pairs,
+    fit_stitches,
     measure_blocks,
 )
 from distillation.evaluation.scoring_windows import Window, plan_windows, window_batches
@@ -109,30 +109,14 @@ def test_without_stitches_they_are_fitted_and_the_report_says_so() -> None:
     assert any("No layer map" in note for note in notes)
 
 
-def test_least_squares_recovers_a_linear_map_with_bias() -> None:
-    student = torch.randn(200, 8)
-    student[:, 0] *= 1000  # an outlier channel must not drown the others
-    teacher = student @ torch.randn(8, 5) + torch.randn(5)
-    stitch = LeastSquaresStitch()
-    for rows in range(0, 200, 50):
-        stitch.add(student[rows : rows + 50], teacher[rows : rows + 50])
-    stitch.solve()
-    scale = teacher.double().var().sqrt()
-    assert ((stitch(student) - teacher).abs().max() / scale).item() < 1e-4
-    with_ones = torch.cat([student, torch.ones(200, 1)], dim=1).double()
-    other = with_ones @ torch.linalg.lstsq(with_ones, teacher.double()).solution
-    assert ((stitch(student) - other).abs().max() / scale).item() < 1e-4
-
-
 def test_nothing_is_float64_on_the_device() -> None:
     from tests.evaluation_samples import without_float64
 
     own, theirs = without_float64(torch.randn(9, 4)), without_float64(torch.randn(9, 4))
-    sums, stitch = ErrorSums(), LeastSquaresStitch()
-    sums.add(own, theirs)
-    stitch.add(own, theirs)
-    stitch.solve()
+    (stitch,) = fit_stitches([[(own, theirs)]], 1)
     assert stitch(own).dtype == torch.float64
+    sums = ErrorSums()
+    sums.add(own, theirs)
     assert sums.num_positions == 9
 
 

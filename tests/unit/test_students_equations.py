@@ -24,6 +24,9 @@ OPTIONS: list[dict[str, object]] = [
     {"use_channel_factor_v": True, "use_channel_factor_proj": True},
     {"use_v": True, "use_channel_factor_proj": True, "bias": True},
     {"attn_gain": "fixed_one"},
+    {"head_rank": 5},
+    {"final_norm": "folded"},
+    {"final_norm": "folded", "head_rank": 5},
 ]
 
 
@@ -171,6 +174,24 @@ def test_a_new_sasp_block_passes_its_norm_on_and_adds_only_the_mlp() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_the_kinds_of_head_have_the_sizes_that_their_equations_say(kind: str) -> None:
+    vocab, width, tied = 41, 24, size_of(kind)
+    assert size_of(kind, head_rank=5) - tied == 5 * (width + vocab)
+    folded = (width + 1) ** 2 - 2 * width
+    assert size_of(kind, final_norm="folded") - tied == folded + vocab * (width + 1) + vocab
+    both = folded + 5 * (width + 1 + vocab) + vocab
+    assert size_of(kind, final_norm="folded", head_rank=5) - tied == both
+
+
+def test_a_new_folded_norm_is_the_rms_norm_of_the_state_and_a_constant() -> None:
+    student = build_student(student_config("Vanilla", final_norm="folded"))
+    state = torch.randn(4, 24)
+    extended = torch.cat([state, torch.ones(4, 1)], dim=1)
+    expected = extended / (extended.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(student.final_norm(state), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("n_layer", [12, 24])
 def test_deep_new_students_keep_tokens_apart(kind: str, n_layer: int) -> None:
     torch.manual_seed(0)
@@ -222,3 +243,16 @@ def test_a_student_needs_a_vocabulary_and_known_settings(kind: str) -> None:
         config_class(n_embd=100)
     with pytest.raises(ValueError, match="attn_gain='none' is unknown"):
         config_class(attn_gain="none")
+    with pytest.raises(ValueError, match="final_norm='rms' is unknown"):
+        config_class(final_norm="rms")
+    for rank in (0, 25):
+        with pytest.raises(ValueError, match=f"head_rank={rank} is not between 1 and 24"):
+            config_class(n_embd=24, n_head=3, head_rank=rank)
+    with pytest.raises(ValueError, match="head_rank=10 is not between 1 and 9"):
+        config_class(vocab_size=9, head_rank=10)
+    for fields in ({"head_rank": 4}, {"final_norm": "folded"}):
+        assert config_class(**fields).tie_word_embeddings is False
+        with pytest.raises(ValueError, match=r"cannot be the embedding matrix\.\nLeave tie_word"):
+            config_class(tie_word_embeddings=True, **fields)
+    assert config_class().tie_word_embeddings is True
+    assert config_class(tie_word_embeddings=False).tie_word_embeddings is False

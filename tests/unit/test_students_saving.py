@@ -16,6 +16,14 @@ from distillation.head_init import untie_lm_head
 from model import FactoredConfig, StudentModel, VanillaTransformerModelDistillation
 from tests.reference_students import KINDS, noisy_student, tokens
 
+HEADS: dict[str, dict[str, Any]] = {
+    "tied": {},
+    "untied": {},
+    "low rank": {"head_rank": 5},
+    "folded": {"final_norm": "folded"},
+    "folded low rank": {"final_norm": "folded", "head_rank": 5},
+}
+
 
 def loading_message(student_class: type[StudentModel], folder: Path) -> dict[str, Any]:
     _, info = student_class.from_pretrained(folder, output_loading_info=True)
@@ -23,11 +31,12 @@ def loading_message(student_class: type[StudentModel], folder: Path) -> dict[str
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("untied", [False, True])
-def test_a_saved_student_is_the_same_student(kind: str, untied: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("head", HEADS)
+def test_a_saved_student_is_the_same_student(kind: str, head: str, tmp_path: Path) -> None:
     options = {"bias": True, "use_v": True, "use_channel_factor_proj": True, "padding_idx": 2}
+    options |= HEADS[head]
     student, ids = noisy_student(kind, output_hidden_states=True, **options), tokens(2, 6)
-    if untied:
+    if head == "untied":
         untie_lm_head(BlockStack(student))
         with torch.no_grad():
             student.lm_head.weight.mul_(1.5)
@@ -38,7 +47,8 @@ def test_a_saved_student_is_the_same_student(kind: str, untied: bool, tmp_path: 
         assert type(loaded) is type(student)
         assert torch.equal(loaded(ids).logits, student(ids).logits)
         assert loaded.get_num_params() == student.get_num_params()
-        assert (loaded.lm_head.weight is loaded.wte.weight) is not untied
+        assert (loaded.lm_head.weight is loaded.wte.weight) is (head == "tied")
+        assert loaded.config.tie_word_embeddings is (head == "tied")
         assert loaded.all_tied_weights_keys == student.all_tied_weights_keys
         assert loaded.config.to_diff_dict() == student.config.to_diff_dict()
         assert loaded.generation_config.pad_token_id == 2
@@ -64,6 +74,14 @@ def test_a_partial_checkpoint_starts_the_rest_afresh(kind: str, tmp_path: Path) 
         assert value.isfinite().all()
 
 
+def test_a_folded_norm_that_a_file_lacks_starts_as_the_identity(tmp_path: Path) -> None:
+    student = noisy_student("Vanilla", final_norm="folded")
+    state = {k: v for k, v in student.state_dict().items() if k != "final_norm.weight"}
+    student.save_pretrained(tmp_path, state_dict=state)
+    loaded = type(student).from_pretrained(tmp_path)
+    assert torch.equal(loaded.final_norm.weight, torch.eye(25))
+
+
 def test_other_keywords_in_a_configuration_file_are_refused(tmp_path: Path) -> None:
     FactoredConfig(vocab_size=10).save_pretrained(tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())
@@ -81,6 +99,17 @@ def test_the_vocabulary_can_be_resized(kind: str) -> None:
     assert student.lm_head.weight is student.wte.weight
     assert student(ids).logits.shape == (1, 4, 45)
     torch.testing.assert_close(student(ids).logits[..., : expected.shape[-1]], expected)
+
+
+@pytest.mark.parametrize("head", ["low rank", "folded", "folded low rank"])
+def test_the_vocabulary_of_a_head_of_its_own_can_be_resized(head: str, tmp_path: Path) -> None:
+    student, ids = noisy_student("SASP", **HEADS[head]), tokens(1, 4)
+    expected = student(ids).logits
+    student.resize_token_embeddings(45)
+    assert student(ids).logits.shape == (1, 4, 45)
+    torch.testing.assert_close(student(ids).logits[..., : expected.shape[-1]], expected)
+    student.save_pretrained(tmp_path)
+    assert torch.equal(type(student).from_pretrained(tmp_path)(ids).logits, student(ids).logits)
 
 
 def test_code_travels_with_our_classes_and_not_with_a_subclass(tmp_path: Path) -> None:
@@ -112,9 +141,13 @@ model.save_pretrained(sys.argv[1] + "_again")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_exported_student_loads_without_this_project(kind: str, tmp_path: Path) -> None:
-    student, ids = noisy_student(kind), torch.arange(1, 6)[None]
+@pytest.mark.parametrize(
+    ("kind", "head"), [*((kind, "tied") for kind in KINDS), ("SASP", "folded low rank")]
+)
+def test_an_exported_student_loads_without_this_project(
+    kind: str, head: str, tmp_path: Path
+) -> None:
+    student, ids = noisy_student(kind, **HEADS[head]), torch.arange(1, 6)[None]
     student.save_pretrained(tmp_path / "student")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from cleangpt.blocks import BlockStack
 from distillation.head_init import untie_lm_head
 from model import StudentModel, build_student, get_model_class
-from tests.reference_students import KINDS, noisy_student, student_config, tokens
+from tests.reference_students import KINDS, VOCAB, noisy_student, student_config, tokens
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -26,9 +26,17 @@ def test_the_loss_shifts_labels_as_huggingface_does(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_parameter_learns(kind: str) -> None:
+@pytest.mark.parametrize("final_norm", ["layer_norm", "folded"])
+@pytest.mark.parametrize("head_rank", [None, 5])
+def test_every_parameter_learns(kind: str, final_norm: str, head_rank: int | None) -> None:
     student = noisy_student(
-        kind, bias=True, use_v=True, use_proj=True, use_channel_factor_v=True
+        kind,
+        bias=True,
+        use_v=True,
+        use_proj=True,
+        use_channel_factor_v=True,
+        final_norm=final_norm,
+        head_rank=head_rank,
     ).train()
     ids = tokens(3, 8)
     student(ids, labels=ids).loss.backward()
@@ -42,9 +50,10 @@ def test_every_parameter_learns(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_new_student_learns_a_batch(kind: str) -> None:
+@pytest.mark.parametrize("head", [{}, {"head_rank": 8}, {"final_norm": "folded"}], ids=str)
+def test_a_new_student_learns_a_batch(kind: str, head: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    student = build_student(student_config(kind))
+    student = build_student(student_config(kind, **head))
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
     ids = tokens(4, 12)
     first = last = student(ids, labels=ids).loss
@@ -77,8 +86,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_bf16_autocast_keeps_states_in_fp32_and_stays_close(kind: str) -> None:
-    student = noisy_student(kind).train()
+@pytest.mark.parametrize("final_norm", ["layer_norm", "folded"])
+def test_bf16_autocast_keeps_states_in_fp32_and_stays_close(kind: str, final_norm: str) -> None:
+    student = noisy_student(kind, final_norm=final_norm).train()
     ids = tokens(2, 20)
     expected = student(ids).logits
     states: list[torch.Tensor] = []
@@ -125,6 +135,28 @@ def test_untying_gives_the_head_its_own_weight(kind: str) -> None:
     with torch.no_grad():
         own.zero_()
     assert student.wte.weight.abs().sum() > 0
+
+
+@pytest.mark.parametrize("head", [{"head_rank": 5}, {"final_norm": "folded"}], ids=str)
+def test_a_head_that_was_never_tied_is_left_alone(head: dict[str, Any]) -> None:
+    student, ids = noisy_student("Vanilla", **head), tokens(1, 5)
+    expected = student(ids).logits
+    assert not untie_lm_head(BlockStack(student))
+    student.tie_weights()
+    assert torch.equal(student(ids).logits, expected)
+    assert student.all_tied_weights_keys == {}
+
+
+def test_the_product_of_a_low_rank_head_passes_gradients_to_both_factors() -> None:
+    head = noisy_student("Vanilla", head_rank=5).lm_head
+    assert head.bias is None
+    features = torch.randn(7, 24)
+    torch.testing.assert_close(features @ head.weight.T, head(features))
+    target = torch.randn(7, VOCAB)
+    direct = torch.autograd.grad((head(features) * target).sum(), [*head.parameters()])
+    product = torch.autograd.grad(((features @ head.weight.T) * target).sum(), [*head.parameters()])
+    for found, expected in zip(product, direct, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)

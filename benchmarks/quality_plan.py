@@ -1,0 +1,146 @@
+"""The plan of the quality study: which arms, students, budgets and seeds, and what decides.
+
+Committed before the runs. The primary endpoint is the test loss in nats per token; differences are
+paired by seed. A seed decides the student's start, the order of the data and everything else that
+is random; the teacher is the built-in one. Eight seeds for the arms of the three primary contrasts
+(A5 - A3, A4 - A1, A5 - A6), five for the others.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Final
+
+from benchmarks.quality_runs import Arm, Text, run_arm
+
+BUDGETS: Final = {"small": 0.02e15, "middle": 0.06e15, "large": 0.18e15}
+"""Training operations, the teacher's forward passes counted."""
+PRIMARY_SEEDS, OTHER_SEEDS = range(8), range(5)
+SEQ_LEN = 128
+
+SHAPE: Final = {"block_size": SEQ_LEN, "vocab_size": 2048, "n_layer": 6, "n_head": 6, "n_embd": 96}
+KINDS: Final = ("Vanilla", "Factored", "SASP")
+
+NMSE: Final = {"distill_loss_type": "nmse", "stitch_start": "least_squares"}
+POLISH: Final = {"polish_lr": 2e-3}
+BLOCKS: Final = {"lr_per_block": 3e-3}
+
+
+def arms() -> dict[str, Arm]:
+    """The arms of the main table, by name."""
+    found = [
+        Arm(name="A0", next_token=True, training=POLISH),
+        Arm(name="A1", training=POLISH),
+        Arm(name="A2", init="pca", head_phase=True, next_token=True, training=POLISH),
+        Arm(name="A3", init="pca", head_phase=True, training=POLISH),
+        Arm(name="A4", blocks=0.25, head_phase=True, options=NMSE, training=POLISH | BLOCKS),
+        Arm(
+            name="A5",
+            init="pca",
+            blocks=0.25,
+            head_phase=True,
+            options=NMSE,
+            training=POLISH | BLOCKS,
+        ),
+        Arm(
+            name="A6",
+            init="pca",
+            head_phase=True,
+            options={**NMSE, "polish_hidden_weight": 1.0, "polish_hidden_fade": False},
+            training=POLISH,
+        ),
+        Arm(
+            name="A7",
+            init="pca",
+            blocks=1.0,
+            head_phase=True,
+            options=NMSE,
+            training=POLISH | BLOCKS,
+        ),
+    ]
+    return {arm.name: arm for arm in found}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One line of a table.
+
+    Args:
+        arm: How the budget is spent.
+        kind: Kind of student.
+        budget: Name of the budget.
+        seed: Of everything random.
+        shape: The student's shape.
+    """
+
+    arm: Arm
+    kind: str
+    budget: str
+    seed: int
+    shape: dict[str, Any] = field(default_factory=lambda: dict(SHAPE))
+
+    @property
+    def key(self) -> str:
+        """What tells runs of a table apart."""
+        size = f"{self.shape['n_layer']}x{self.shape['n_embd']}"
+        return f"{self.arm.name}/{self.kind}/{size}/{self.budget}/seed {self.seed}"
+
+
+def arms_table() -> Iterator[Run]:
+    """Arms A0 to A8 at three budgets."""
+    for seed in PRIMARY_SEEDS:
+        for kind in KINDS:
+            for budget in BUDGETS:
+                for name, arm in arms().items():
+                    primary = name in ("A1", "A3", "A4", "A5", "A6")
+                    if seed in OTHER_SEEDS or primary:
+                        yield Run(arm, kind, budget, seed)
+
+
+ABOUT_ARMS: Final = {
+    "A0": "random start, learns the text itself: the floor",
+    "A1": "random start, logit distillation of the whole student",
+    "A2": "inherited start and head, learns the text itself",
+    "A3": "inherited start and head, logit distillation: the baseline to beat",
+    "A4": "random start, blocks, closed-form head, polish",
+    "A5": "inherited start, blocks, closed-form head, polish: the default recipe",
+    "A6": "inherited start, hidden states and logits together throughout",
+    "A7": "inherited start, blocks and closed-form head only",
+}
+PRIMARY_CONTRASTS: Final = (("A5", "A3"), ("A4", "A1"), ("A5", "A6"))
+
+TABLES: Final[dict[str, Callable[[], Iterator[Run]]]] = {"arms": arms_table}
+
+
+def perform(run: Run, split: str) -> dict[str, Any]:
+    """Train and judge one student."""
+    return run_arm(
+        run.arm,
+        teacher=builtin_teacher().model,
+        text=builtin_text(split),
+        kind=run.kind,
+        shape=run.shape,
+        budget=BUDGETS[run.budget],
+        seed=run.seed,
+    ) | {"budget_name": run.budget}
+
+
+@cache
+def builtin_teacher() -> Any:
+    """The built-in teacher and its tokenizer."""
+    from cleangpt.teacher import load_teacher
+
+    return load_teacher("builtin")
+
+
+@cache
+def builtin_text(split: str) -> Text:
+    """All full windows of the training text, and of the split that judges."""
+    from cleangpt.data import TextDataset, load_texts
+
+    def windows(name: str) -> Any:
+        tokenizer = builtin_teacher().tokenizer
+        tokens = TextDataset(load_texts("builtin", split=name).texts, tokenizer, SEQ_LEN).tokens
+        return tokens[: len(tokens) // SEQ_LEN * SEQ_LEN].view(-1, SEQ_LEN)
+
+    return Text(windows("train"), windows(split))

@@ -1,0 +1,185 @@
+"""The page of the quality study: tables, contrasts, answers and figures from the records alone."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality import read_records
+from benchmarks.quality_plan import ABOUT_ARMS, BUDGETS, KINDS, PRIMARY_CONTRASTS
+from benchmarks.quality_statistics import Contrast, contrast, estimate, holm
+from benchmarks.report import table_line
+
+Record = dict[str, Any]
+Group = dict[int, Record]
+"""The records of one arm, student and budget, by seed."""
+
+
+def write_page(results: Path, docs: Path) -> Path:
+    """Write ``results.md`` and its figures from all files of records; return its path."""
+    docs.mkdir(parents=True, exist_ok=True)
+    records = read_records(results / "arms.jsonl")
+    groups = grouped(records)
+    sections = [HEAD, about_data(records)]
+    for kind in KINDS:
+        found = {key: group for key, group in groups.items() if key[1] == kind}
+        if found:
+            name = f"loss_against_budget_{kind.lower()}.png"
+            (docs / "figures").mkdir(exist_ok=True)
+            draw_budgets(found, docs / "figures" / name, kind)
+            sections.append(f"## {kind}\n\n{arms_table(found)}\n\n![{kind}](figures/{name})")
+    sections.append("## Contrasts\n\n" + contrasts_table(groups))
+    path = docs / "results.md"
+    path.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    return path
+
+
+HEAD = """# How good the students are
+
+Every number on this page comes from `python -m benchmarks.quality` with the names of its tables,
+which goes on where it was stopped; `python -m benchmarks.quality report` writes the page from the
+records in `benchmarks/results/quality/`. The plan was committed before the runs
+(`benchmarks/quality_plan.py`). Losses are nats per token on the built-in test text, mean over seeds
+with a 95 % interval (Student's t). Equal budget means equal training operations, the teacher's
+forward passes counted as the library executes them; seconds are of two cores and vary with what
+else runs there."""
+
+
+def about_data(records: Sequence[Record]) -> str:
+    """What was compared, and the teacher's own loss."""
+    if not records:
+        return "No runs yet."
+    lines = [f"- **{name}**: {text}" for name, text in ABOUT_ARMS.items()]
+    teacher = records[0]["teacher_loss"]
+    intro = (
+        f"The teacher's test loss in windows of 128 tokens is {teacher:.3f} nats (perplexity"
+        f" {math.exp(teacher):.1f})."
+    )
+    return "\n".join([intro, "", *lines])
+
+
+def grouped(records: Sequence[Record]) -> dict[tuple[str, str, str], Group]:
+    """Records by (arm, kind, budget) and seed."""
+    groups: dict[tuple[str, str, str], Group] = defaultdict(dict)
+    for record in records:
+        if record["split"] == "test":
+            key = (record["arm"], record["kind"], record["budget_name"])
+            groups[key][record["seed"]] = record
+    return groups
+
+
+def values(group: Group, name: str, seeds: Sequence[int] | None = None) -> list[float]:
+    """One figure of all seeds, in their order."""
+    return [group[seed][name] for seed in (sorted(group) if seeds is None else seeds)]
+
+
+def arms_table(groups: dict[tuple[str, str, str], Group]) -> str:
+    """One line per arm and budget."""
+    columns = ["budget", "arm", "test loss", "perplexity", "KL", "agreement", "gap closed"]
+    lines = [table_line([*columns, "seeds", "seconds"]), table_line(["---"] * 9)]
+    for budget in BUDGETS:
+        for (arm, kind, name), group in sorted(groups.items()):
+            if name != budget:
+                continue
+            loss = estimate(values(group, "loss"))
+            floor = groups.get(("A0", kind, budget))
+            lines.append(
+                table_line(
+                    [
+                        budget,
+                        arm,
+                        str(loss),
+                        f"{math.exp(loss.mean):.1f}",
+                        f"{estimate(values(group, 'kl')).mean:.3f}",
+                        f"{estimate(values(group, 'agreement')).mean:.1%}",
+                        gap_closed(group, floor),
+                        str(len(group)),
+                        f"{estimate(values(group, 'train_seconds')).mean:.0f}",
+                    ]
+                )
+            )
+    return "\n".join(lines)
+
+
+def gap_closed(group: Group, floor: Group | None) -> str:
+    """``(loss of A0 - loss) / (loss of A0 - teacher's)``, over the seeds both have."""
+    seeds = sorted(set(group) & set(floor or {}))
+    if floor is None or not seeds:
+        return ""
+    scratch = sum(values(floor, "loss", seeds)) / len(seeds)
+    own = sum(values(group, "loss", seeds)) / len(seeds)
+    teacher = group[seeds[0]]["teacher_loss"]
+    return f"{(scratch - own) / (scratch - teacher):.0%}"
+
+
+def contrasts_table(groups: dict[tuple[str, str, str], Group]) -> str:
+    """The primary contrasts at every budget, with Holm's correction over all of them."""
+    rows: list[tuple[list[str], Contrast]] = []
+    for first, second in PRIMARY_CONTRASTS:
+        for kind in KINDS:
+            for budget in BUDGETS:
+                pair = groups.get((first, kind, budget)), groups.get((second, kind, budget))
+                if pair[0] is None or pair[1] is None:
+                    continue
+                seeds = sorted(set(pair[0]) & set(pair[1]))
+                found = contrast(*(values(group, "loss", seeds) for group in pair if group))
+                rows.append(([f"{first} - {second}", kind, budget], found))
+    adjusted = holm([found.p_value for _, found in rows])
+    head = ["contrast", "student", "budget", "difference in nats (t interval)", "BCa interval"]
+    lines = [table_line([*head, "p (Holm)", "seeds", "reading"]), table_line(["---"] * 8)]
+    for (names, found), p in zip(rows, adjusted, strict=True):
+        interval = "" if found.bootstrap is None else "[{:.3f}, {:.3f}]".format(*found.bootstrap)
+        shown = "" if math.isnan(p) else f"{p:.2g}"
+        cells = [*names, str(found.difference), interval, shown, str(found.difference.count)]
+        lines.append(table_line([*cells, reading(found)]))
+    return "\n".join(lines)
+
+
+def reading(found: Contrast) -> str:
+    """A difference in words: better is a lower loss."""
+    difference = found.difference
+    if difference.count < 3:
+        return "too few seeds"
+    if difference.low <= 0 <= difference.high:
+        return "no difference shown"
+    return "better" if difference.mean < 0 else "worse"
+
+
+def draw_budgets(groups: dict[tuple[str, str, str], Group], path: Path, kind: str) -> None:
+    """Draw each arm's mean loss against the budget, with its interval."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    pick: Callable[[str], list[tuple[float, Group]]] = lambda arm: [  # noqa: E731
+        (BUDGETS[b], groups[arm, kind, b]) for b in BUDGETS if (arm, kind, b) in groups
+    ]
+    teacher = None
+    for arm in sorted({key[0] for key in groups}):
+        points = pick(arm)
+        found = [estimate(values(group, "loss")) for _, group in points]
+        teacher = next(iter(points[0][1].values()))["teacher_loss"]
+        spread = [
+            [each.mean - each.low for each in found],
+            [each.high - each.mean for each in found],
+        ]
+        axes.errorbar(
+            [budget for budget, _ in points],
+            [each.mean for each in found],
+            yerr=spread,
+            marker="o",
+            capsize=3,
+            label=arm,
+        )
+    if teacher is not None:
+        axes.axhline(teacher, color="grey", linestyle="--", label="teacher")
+    axes.set_xscale("log")
+    axes.set_xlabel("training operations")
+    axes.set_ylabel("test loss, nats per token")
+    axes.set_title(f"{kind} student")
+    axes.legend(ncols=3, fontsize="small")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,299 @@
+"""One run of the quality study: an arm, a student, a budget and a seed give a test loss.
+
+An arm spends its budget of training operations on stages. What is charged is what the library
+executes: the teacher's blocks once per distinct token (their states are kept, for every arm), its
+head at every step, and forward and backward of whatever part of the student is in training. Wall
+time is written down beside it.
+"""
+
+import logging
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cleangpt.blocks import BlockStack
+from config_distillation import GPTConfig
+from distillation import DistillationTrainer
+from distillation.batch import Batch
+from distillation.logit_stages import PolishStage
+from distillation.losses.divergence import tempered_kl
+from distillation.plan import block_flops
+from distillation.trainers import PolishDistillationTrainer
+from model import build_student
+
+logger = logging.getLogger(__name__)
+
+HEAD_FIT_TOKENS = 131_072
+WARM_UP_STEPS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """How a budget is spent.
+
+    Args:
+        name: As in the tables.
+        init: ``init_from_teacher`` of the run.
+        blocks: Share of the budget for the blocks.
+        head: Share of the budget for the head phase; the closed-form start alone is 0.
+        head_phase: Whether there is a head phase at all.
+        next_token: Whether the last stage learns the text itself, without a teacher.
+        options: More keyword arguments of the trainer.
+        training: More keyword arguments of its ``train``.
+        untrained_blocks_teacher: Whether blocks and head learn from a teacher with random weights.
+    """
+
+    name: str
+    init: str = "none"
+    blocks: float = 0.0
+    head: float = 0.0
+    head_phase: bool = False
+    next_token: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    untrained_blocks_teacher: bool = False
+
+
+@dataclass(frozen=True)
+class Text:
+    """Windows of token ids, [windows, seq]: to train on, and to be judged by."""
+
+    train: Tensor
+    held_out: Tensor
+
+
+class StepLoader:
+    """Exactly ``steps`` batches per pass: shuffled epochs of the windows, one after the other."""
+
+    def __init__(self, windows: Tensor, batch_size: int, steps: int, seed: int) -> None:
+        self.windows, self.batch_size, self.steps, self.seed = windows, batch_size, steps, seed
+        self.dataset = SimpleNamespace(num_tokens=windows.numel(), block_size=windows.shape[1])
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next pass."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Batches per pass."""
+        return self.steps
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """Yield the batches; a function of the seed and the epoch."""
+        generator = torch.Generator().manual_seed(self.seed * 1009 + self.epoch)
+        order: list[int] = []
+        for _ in range(self.steps):
+            while len(order) < self.batch_size:
+                order += torch.randperm(len(self.windows), generator=generator).tolist()
+            rows, order = order[: self.batch_size], order[self.batch_size :]
+            ids = self.windows[rows]
+            yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+class NextTokenStage(PolishStage):
+    """Ordinary language modelling: the student predicts the text."""
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The mean cross-entropy of the next token, in nats."""
+        logits = self.student.logits(batch.input_ids)[:, :-1]
+        return F.cross_entropy(logits.flatten(0, 1).float(), batch.input_ids[:, 1:].flatten())
+
+
+class NextTokenTrainer(PolishDistillationTrainer):
+    """The polish without a teacher."""
+
+    def stage(self, activations: Any) -> PolishStage:
+        """The stage that learns the text itself."""
+        return NextTokenStage(activations, self.logit_loss_fn, loss_weight=1.0)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Operations per token of the parts of a run."""
+
+    teacher: BlockStack
+    student: BlockStack
+    seq_len: int
+
+    @cached_property
+    def teacher_blocks(self) -> float:
+        """All teacher blocks, forward."""
+        return sum(
+            block_flops(self.teacher, i, self.seq_len) for i in range(self.teacher.num_blocks)
+        )
+
+    @cached_property
+    def student_blocks(self) -> float:
+        """All student blocks, forward."""
+        return sum(
+            block_flops(self.student, i, self.seq_len) for i in range(self.student.num_blocks)
+        )
+
+    @property
+    def student_head(self) -> float:
+        """The student's head, forward."""
+        return 2.0 * self.student.vocab_size * self.student.hidden_size
+
+    @property
+    def teacher_head(self) -> float:
+        """The teacher's head, forward."""
+        return 2.0 * self.teacher.vocab_size * self.teacher.hidden_size
+
+    def blocks_step(self) -> float:
+        """One step of every block in turn, stitches included."""
+        stitch = 2.0 * self.student.hidden_size * self.teacher.hidden_size
+        return 3 * (self.student_blocks + self.student.num_blocks * stitch)
+
+    def head_step(self) -> float:
+        """One step of the head phase."""
+        return 3 * self.student_head + self.teacher_head
+
+    def polish_step(self, *, next_token: bool) -> float:
+        """One step of the whole student."""
+        own = 3 * (self.student_blocks + self.student_head)
+        return own if next_token else own + self.teacher_head
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Optimizer steps of each stage (blocks: of every block)."""
+
+    blocks: int
+    head: int
+    polish: int
+    flops: float
+
+
+def share_out(arm: Arm, costs: Costs, budget: float, distinct: int, batch_tokens: int) -> Steps:
+    """Turn a budget of operations into steps of the arm's stages."""
+    blocks = int(arm.blocks * budget / (costs.blocks_step() * batch_tokens))
+    head = int(arm.head * budget / (costs.head_step() * batch_tokens))
+    spent = batch_tokens * (blocks * costs.blocks_step() + head * costs.head_step())
+    fitted = HEAD_FIT_TOKENS if arm.head_phase else 0
+    # Every stage sees the same windows first, so the teacher's blocks run once for each of them.
+    known = min(distinct, max(blocks * batch_tokens, head * batch_tokens, fitted))
+    spent += known * costs.teacher_blocks
+    spent += costs.student_blocks * min(distinct, blocks * batch_tokens)
+    spent += costs.student_blocks * min(distinct, max(fitted, head * batch_tokens))
+    step = costs.polish_step(next_token=arm.next_token) * batch_tokens
+    polish = 0
+    while arm.blocks + arm.head < 1:
+        fresh = 0
+        if not arm.next_token:
+            seen = max(known, polish * batch_tokens)
+            fresh = max(0, min(distinct, (polish + 1) * batch_tokens) - seen)
+        cost = step + fresh * costs.teacher_blocks
+        if spent + cost > budget:
+            break
+        spent += cost
+        polish += 1
+    return Steps(blocks, head, polish, spent)
+
+
+def run_arm(
+    arm: Arm,
+    *,
+    teacher: Any,
+    text: Text,
+    kind: str,
+    shape: dict[str, Any],
+    budget: float,
+    seed: int,
+    batch_size: int = 8,
+) -> dict[str, Any]:
+    """Train one student and judge it; everything that says what was done is in the record."""
+    torch.manual_seed(seed)
+    student: Any = build_student(GPTConfig(model_type=kind, dropout=0.0, **shape))
+    costs = Costs(BlockStack(teacher), BlockStack(student), text.train.shape[1])
+    steps = share_out(arm, costs, budget, text.train.numel(), batch_size * text.train.shape[1])
+    started_at = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = _trainer(arm, teacher, student, text, steps, seed, batch_size, Path(folder))
+        results = trainer.train(
+            epochs_per_block=min(1, steps.blocks),
+            train_lm_head=arm.head_phase,
+            lm_head_epochs=min(1, steps.head),
+            polish_epochs=min(1, steps.polish),
+            **{"lr_per_block": 1e-3, **arm.training},
+        )
+    seconds = time.perf_counter() - started_at
+    return {
+        "arm": arm.name,
+        "kind": kind,
+        "shape": shape,
+        "budget": budget,
+        "seed": seed,
+        "parameters": sum(p.numel() for p in student.parameters()),
+        "steps": asdict(steps),
+        "seconds": round(seconds, 2),
+        "train_seconds": round(results["seconds"], 2),
+        **judge(student, teacher, text.held_out),
+    }
+
+
+def _trainer(
+    arm: Arm,
+    teacher: Any,
+    student: Any,
+    text: Text,
+    steps: Steps,
+    seed: int,
+    batch_size: int,
+    folder: Path,
+) -> DistillationTrainer:
+    loaders = [
+        StepLoader(text.train, batch_size, max(count, WARM_UP_STEPS), seed)
+        for count in (steps.blocks, steps.head, steps.polish)
+    ]
+    options: dict[str, Any] = {
+        "logit_loss_temperature": 1.0,
+        "init_from_teacher": arm.init,
+        "precision": "fp32",
+        "seed": seed,
+        **arm.options,
+    }
+    trainer = DistillationTrainer(
+        teacher, student, None, loaders[0], output_dir=folder / "run", **options
+    )
+    if arm.next_token:
+        trainer.polish_trainer = NextTokenTrainer(
+            *(teacher, student, None, loaders[2]), output_dir=folder / "run", **options
+        )
+    trainer.head_trainer.train_dataloader = loaders[1]
+    if not steps.head:  # the closed-form start reads the data
+        needed = HEAD_FIT_TOKENS // (batch_size * text.train.shape[1])
+        trainer.head_trainer.train_dataloader = StepLoader(text.train, batch_size, needed, seed)
+    trainer.polish_trainer.train_dataloader = loaders[2]
+    return trainer
+
+
+@torch.no_grad()
+def judge(student: Any, teacher: Any, windows: Tensor, batch_size: int = 16) -> dict[str, Any]:
+    """Held-out loss in nats per token, KL from the teacher and agreement of the first choices."""
+    sums = {"loss": 0.0, "kl": 0.0, "agreement": 0.0, "teacher_loss": 0.0}
+    per_window: list[float] = []
+    student.eval()
+    teacher.eval()
+    for ids in windows.split(batch_size):
+        own = student(input_ids=ids).logits[:, :-1].float()
+        theirs = teacher(input_ids=ids).logits[:, :-1].float()
+        targets = ids[:, 1:]
+        losses = F.cross_entropy(own.transpose(1, 2), targets, reduction="none").mean(-1)
+        per_window += losses.tolist()
+        sums["loss"] += float(losses.sum())
+        taught = F.cross_entropy(theirs.transpose(1, 2), targets, reduction="none").mean(-1)
+        sums["teacher_loss"] += float(taught.sum())
+        flat = own.flatten(0, 1), theirs.flatten(0, 1)
+        sums["kl"] += float(tempered_kl(*flat, temperature=1.0)) * len(ids)
+        sums["agreement"] += float((own.argmax(-1) == theirs.argmax(-1)).float().mean(-1).sum())
+    found = {name: total / len(windows) for name, total in sums.items()}
+    return {**found, "window_losses": [round(loss, 4) for loss in per_window]}

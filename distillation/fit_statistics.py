@@ -1,0 +1,41 @@
+"""How well a prediction of hidden states fits, summed up batch by batch."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass
+class FitStatistics:
+    """Streaming sums for the relative error ``SSE / SS about the mean`` of a prediction.
+
+    Kept on the device of the states: reading them would make an accelerator wait.
+    """
+
+    count: int = 0
+    squared_error: Tensor | float = 0.0
+    squared_norm: Tensor | float = 0.0
+    total: Tensor | float = 0.0
+
+    @torch.no_grad()
+    def add(
+        self, predicted: Float[Tensor, "positions dim"], target: Float[Tensor, "positions dim"]
+    ) -> None:
+        """Count one batch of predictions."""
+        self.count += target.shape[0]
+        target = target.float()
+        # Sums over batches are float64 where the device has it.
+        wide = torch.float32 if target.device.type == "mps" else torch.float64
+        self.squared_error += torch.linalg.vector_norm(predicted.float() - target).to(wide).square()
+        self.squared_norm += torch.linalg.vector_norm(target).to(wide).square()
+        self.total += target.sum(0).to(wide)
+
+    def relative_error(self) -> float:
+        """The squared error as a share of the target's variation about its mean."""
+        if self.count == 0:
+            return float("nan")
+        about_mean = torch.as_tensor(self.total).square().sum() / self.count
+        variation = float(self.squared_norm - about_mean)
+        return float(self.squared_error) / variation if variation > 0 else float("nan")

@@ -1,0 +1,91 @@
+"""Before the long run: can every stage learn at all?
+
+A stage whose gradients do not reach its weights, whose inputs carry no signal or whose loss is
+ruled by something no weight can move looks like a hard problem for hours. On one small batch it
+shows in a second: the loss does not fall.
+"""
+
+import copy
+import logging
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from cleangpt.errors import InputError
+from cleangpt.runtime.module_state import preserved_modes
+from cleangpt.runtime.precision import Precision
+from distillation.batch import Batch
+from distillation.stages import Stage
+
+logger = logging.getLogger(__name__)
+
+STEPS = 40
+LEARNING_RATE = 3e-3
+MUST_FALL_BY = 0.1
+ALREADY_LEARNT = 1e-3
+WINDOWS = 2
+
+
+def check_stages_learn(
+    stages: Sequence[Stage], batch: Batch, precision: Precision, device: torch.device
+) -> None:
+    """Let each stage overfit a small batch; the weights are as before afterwards.
+
+    Args:
+        stages: In the order of the run. Each finds the others' weights as they are now.
+        batch: A few windows.
+        precision: The run's precision.
+        device: Where the run trains.
+
+    Raises:
+        InputError: Naming the stage, if its loss does not fall by a tenth in ``STEPS`` steps, and
+            was not next to nothing from the start.
+    """
+    for stage in stages:
+        modules = [stage.student.model, *stage.modules().values()]
+        with torch.random.fork_rng(), preserved_modes(*modules):
+            torch.manual_seed(0)
+            first, best = _overfit(stage, batch, precision, device)
+        logger.info("%s on one small batch: loss %.4g, then %.4g.", stage.name, first, best)
+        if first > ALREADY_LEARNT and not best < (1 - MUST_FALL_BY) * first:
+            raise InputError(
+                f"{stage.name} cannot learn: on one small batch its loss went from {first:.4g} to"
+                f" {best:.4g} in {STEPS} steps.",
+                "If the teacher has massive activations, choose --distill_loss_type nmse; else look"
+                " at the student's block. --no_overfit_gate goes on regardless.",
+            )
+
+
+def _overfit(
+    stage: Stage, batch: Batch, precision: Precision, device: torch.device
+) -> tuple[float, float]:
+    """The loss before the first step, and the lowest one."""
+    for parameter in stage.student.model.parameters():
+        parameter.requires_grad_(False)
+    stage.student.model.eval()  # dropout would hide what is asked
+    parameters = list(stage.trainable_parameters().values())
+    before = copy.deepcopy([parameter.detach() for parameter in parameters])
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE)
+    losses: list[float] = []
+    try:
+        for _ in range(STEPS):
+            optimizer.zero_grad(set_to_none=True)
+            with precision.autocast(device):
+                loss = stage.loss(batch)
+            losses.append(float(loss.detach()))
+            if not math.isfinite(losses[-1]):
+                break
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.copy_(value)
+        optimizer.zero_grad(set_to_none=True)
+    finite = [value for value in losses if math.isfinite(value)]
+    return losses[0], min(finite, default=math.nan)

@@ -1,0 +1,349 @@
+"""Start the student from the teacher's weights instead of from random ones.
+
+Starting from the teacher is worth as much as the loss (DistilBERT, Sanh et al. 2019,
+arXiv:1910.01108; Inheritune, Sanyal et al. 2024, arXiv:2404.08634). Where the widths differ, all
+maps are seen through one shared basis, since a skip connection passes states from block to block
+unchanged (SliceGPT, Ashkboos et al. 2024, arXiv:2401.15024); a basis of unit vectors is weight
+subcloning (Samragh et al. 2023, arXiv:2312.09299).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers.activations import ACT2FN
+
+from cleangpt.blocks import BlockStack
+from cleangpt.errors import UsageError
+from cleangpt.runtime.module_state import preserved_modes
+from distillation.teacher_weights import (
+    AttentionWeights,
+    BlockWeights,
+    LinearMap,
+    MLPWeights,
+    read_block,
+)
+
+_TOKENS_AT_ONCE = 4096
+_PROBE = (4, 64)
+_SAME = 1e-6
+
+
+def slice_basis(covariance: Float[Tensor, "d d"], width: int) -> Float[Tensor, "d width"]:
+    """The ``width`` channels of most variance, as columns of the identity.
+
+    Raises:
+        UsageError: If there are not so many.
+    """
+    if not 1 <= width <= len(covariance):
+        raise UsageError(
+            f"A choice of {width} channels does not fit in the teacher's width {len(covariance)}.",
+            "Choose a student no wider than the teacher, or --init_from_teacher none.",
+        )
+    chosen = covariance.diagonal().topk(width).indices.sort().values.cpu()
+    return torch.eye(covariance.shape[0])[:, chosen]
+
+
+@torch.no_grad()
+def init_from_teacher(
+    teacher: BlockStack,
+    student: BlockStack,
+    layer_map: Sequence[int],
+    how: str,
+    basis: Float[Tensor, "d_teacher d_student"] | None,
+) -> list[str]:
+    """Change the student's weights in place.
+
+    Args:
+        teacher: Where the weights come from.
+        student: Where they go. A block takes what its ``parts`` name.
+        layer_map: The teacher block whose output each student block will learn. Its weights come
+            from the first teacher block after the one before it (:func:`first_of_groups`).
+        how: The setting's name, for what is said of it: "pca", "slice" or "layers".
+        basis: Orthonormal columns; the student's states are to be the teacher's in this basis. None
+            is the identity: the widths must be equal, and the head is copied as well. With the
+            teacher's own shape the student then is the teacher.
+
+    Returns:
+        What was taken and what could not be, a line each.
+
+    Raises:
+        UsageError: If there is no basis and the widths differ.
+    """
+    lines = []
+    exact = basis is None
+    if basis is None:
+        if teacher.hidden_size != student.hidden_size:
+            raise UsageError(
+                f"init_from_teacher={how!r} copies layers, and the widths are"
+                f" {student.hidden_size} and {teacher.hidden_size}.",
+                "Choose --init_from_teacher pca, or give the student the teacher's width.",
+            )
+        basis = torch.eye(teacher.hidden_size)
+        if how != "layers":
+            lines.append("the widths are equal, so whole layers are copied")
+    shared = _Basis(basis.cpu().float())
+    lines += _embeddings(teacher, student, shared)
+    sources = first_of_groups(layer_map)
+    lines.append(f"weights of the teacher's blocks {', '.join(map(str, sources))}")
+    taken: dict[str, list[int]] = {}
+    named: list[Any] = [
+        getattr(student.block(index), "parts", lambda: None)() for index in range(len(sources))
+    ]
+    needs_sizes = any(getattr(parts, "mlp_gain", None) is not None for parts in named)
+    sizes = _state_sizes(teacher, shared) if needs_sizes else [1.0] * teacher.num_blocks
+    for index, (source, parts) in enumerate(zip(sources, named, strict=True)):
+        for said in _fill_block(read_block(teacher, source), parts, shared, sizes[source]):
+            taken.setdefault(said, []).append(index)
+    lines += [f"{said} ({_blocks(where, student.num_blocks)})" for said, where in taken.items()]
+    return lines + (_head(teacher, student) if exact else [])
+
+
+def first_of_groups(layer_map: Sequence[int]) -> list[int]:
+    """The teacher block that each student block starts from: the first that it has to replace.
+
+    A student block stands for the teacher blocks after its predecessor's, up to its own in the map.
+    The last of them expects states that no block has made yet, above all at the entrance: half the
+    built-in teacher, at equal width, starts at a KL of 1.1 nats from the first ones and of 3.4 from
+    the last ones (3.9 at random).
+
+    Example:
+        >>> first_of_groups([1, 3, 5])
+        [0, 2, 4]
+    """
+    before = (-1, *layer_map[:-1])
+    return [min(last + 1, own) for last, own in zip(before, layer_map, strict=True)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Basis:
+    """The shared basis, and what it does to maps from and to the residual stream."""
+
+    columns: Tensor
+
+    def reading(self, linear: LinearMap) -> LinearMap:
+        """A map that reads the stream through the student's plain norm.
+
+        ``norm(h) ~ U norm(s) sqrt(d_t / d_s)`` up to the share of the energy that the basis holds,
+        and up to the mean over channels, which the student subtracts in its own: both measured on
+        the built-in teacher, and not worth a correction.
+        """
+        scale = (self.columns.shape[0] / self.columns.shape[1]) ** 0.5
+        return LinearMap(linear.weight @ self.columns * scale, linear.bias)
+
+    def writing(self, linear: LinearMap) -> LinearMap:
+        """A map that writes to the stream."""
+        return LinearMap(self.columns.T @ linear.weight, linear.bias @ self.columns)
+
+
+def _embeddings(teacher: BlockStack, student: BlockStack, basis: _Basis) -> list[str]:
+    """Take what the teacher feeds its first block, multipliers and embedding norms included."""
+    table: Any = student.model.get_input_embeddings()
+    rows = min(len(table.weight), len(teacher.model.get_input_embeddings().weight))
+    tokens, positions = _entering(teacher, rows, student.context_length)
+    table.weight[:rows] = (tokens @ basis.columns).to(table.weight)
+    lines = [f"embeddings of {rows} tokens"]
+    own: Any = getattr(student.model, "wpe", None)
+    if own is None:
+        return lines
+    if positions.abs().max() < _SAME * tokens.abs().max():
+        return [*lines, "not taken: positions, which the teacher does not add to its embeddings"]
+    rows = min(len(positions), len(own.weight))
+    own.weight[:rows] = (positions[:rows] @ basis.columns).to(own.weight)
+    return [*lines, f"embeddings of {rows} positions"]
+
+
+def _entering(teacher: BlockStack, rows: int, length: int | None) -> tuple[Tensor, Tensor]:
+    """What each token and each position adds to the state that enters block 0."""
+    device = teacher.device
+    limits = [limit for limit in (length, teacher.context_length) if limit is not None]
+    with preserved_modes(teacher.model):
+        teacher.model.eval()
+        vocab = torch.arange(rows, device=device)
+        alone = [teacher.embed(ids[:, None])[:, 0] for ids in vocab.split(_TOKENS_AT_ONCE)]
+        first = torch.cat([states.float().cpu() for states in alone])
+        same = torch.zeros((1, min(limits, default=1)), dtype=torch.long, device=device)
+        along = teacher.embed(same)[0].float().cpu()
+    table = teacher.model.get_input_embeddings().weight[:rows].detach().float().cpu()
+    if table.shape == first.shape:
+        shift = first - table
+        # Plain tables that are added up: each keeps its own part.
+        if (shift - shift[0]).abs().max() <= _SAME * first.abs().max():
+            return table, along - table[0]
+    return first, along - first[0]
+
+
+def _state_sizes(teacher: BlockStack, basis: _Basis) -> list[float]:
+    """Root mean square, in the basis, of the state that enters each block.
+
+    Measured on random tokens, which is near enough; the median, because some positions hold states
+    a thousand times larger.
+    """
+    windows, length = _PROBE
+    shape = windows, min(length, teacher.context_length or length)
+    ids = torch.randint(teacher.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    with preserved_modes(teacher.model):
+        teacher.model.eval()
+        states = teacher.block_hidden_states(ids.to(teacher.device))
+    seen = [state.float().cpu() @ basis.columns for state in states]
+    return [float(state.square().mean(-1).sqrt().median()) for state in seen]
+
+
+def _fill_block(weights: BlockWeights, parts: Any, basis: _Basis, size: float) -> list[str]:
+    """Fill one student block; ``size`` is that of the teacher's state that enters it."""
+    if parts is None:
+        return ["not taken: blocks, since the student's name no parts"]
+    lines = [f"not taken: {what}" for what in weights.missing]
+    dropped = False
+    if parts.attention is None:
+        lines.append("not taken: attention, which does something else in the student")
+    elif weights.attention is not None:
+        dropped |= _fill_attention(weights.attention, parts, basis)
+        heads = min(weights.attention.num_heads, parts.attention.config.n_head)
+        what = "attention" if parts.out is not None else "queries and keys"
+        lines.append(f"{what} of {heads} heads")
+    if weights.mlp is not None:
+        dropped |= _fill_mlp(weights.mlp, parts, basis, size)
+        kept, neurons = len(parts.mlp.up.weight), len(weights.mlp.up.weight)
+        lines.append(f"MLP, {min(kept, neurons)} of {neurons} neurons")
+        lines += _other_activation(weights.mlp, parts)
+    if dropped:
+        lines.append("not taken: biases, which the student's maps do not have")
+    return lines
+
+
+def _fill_attention(weights: AttentionWeights, parts: Any, basis: _Basis) -> bool:
+    """Set queries and keys, values and output too where there are any; return as ``_set`` does."""
+    query, key, value = map(basis.reading, (weights.query, weights.key, weights.value))
+    out = basis.writing(weights.out)
+    query_map, key_map, heads = parts.attention.query, parts.attention.key, weights.num_heads
+    own_heads = parts.attention.config.n_head
+    dropped = query_map.bias is None and bool(query.bias.any())
+    if dropped:  # else narrower queries would be fitted with a constant that they cannot have
+        query = LinearMap(query.weight, torch.zeros_like(query.bias))
+    if query.weight.shape != query_map.weight.shape or heads != own_heads:
+        width = len(query_map.weight) // own_heads
+        chosen = _loudest_heads(value, out, heads, min(heads, own_heads))
+        query, key = _reduced_scores(query, key, heads, chosen, width)
+        value, out = _reduced_writes(value, out, heads, chosen, width)
+    _set(query_map, query)
+    # The softmax does not see what all keys have in common.
+    _set(key_map, LinearMap(key.weight, torch.zeros_like(key.bias)))
+    if parts.out is not None:
+        dropped |= _set(parts.value, value) | _set(parts.out, out)
+    _make_plain(parts.attention_norm)
+    return dropped
+
+
+def _reduced_scores(
+    query: LinearMap, key: LinearMap, heads: int, chosen: Sequence[int], width: int
+) -> tuple[LinearMap, LinearMap]:
+    """Queries and keys of ``width`` per head with the nearest scores."""
+    biased = torch.cat([query.weight, query.bias[:, None]], dim=1)
+    queries, keys = (each.unflatten(0, (heads, -1)) for each in (biased, key.weight))
+    # The scores are divided by sqrt(width).
+    ratio = (width / queries.shape[1]) ** 0.5
+    pairs = [_low_rank(queries[head] * ratio, keys[head], width) for head in chosen]
+    left, right = (torch.cat(each) for each in zip(*pairs, strict=True))
+    return LinearMap(left[:, :-1], left[:, -1]), LinearMap(right, torch.zeros(len(right)))
+
+
+def _reduced_writes(
+    value: LinearMap, out: LinearMap, heads: int, chosen: Sequence[int], width: int
+) -> tuple[LinearMap, LinearMap]:
+    """Values of ``width`` per head and an output with the nearest products."""
+    values, outs = (each.unflatten(0, (heads, -1)) for each in (value.weight, out.weight.T))
+    pairs = [_low_rank(outs[head], values[head], width) for head in chosen]
+    left, right = (torch.cat(each) for each in zip(*pairs, strict=True))
+    # Attention weights add up to one: a bias of the values is one of the output.
+    constant = out.bias + out.weight @ value.bias
+    return LinearMap(right, torch.zeros(len(right))), LinearMap(left.T, constant)
+
+
+def _low_rank(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best approximation of ``left.T @ right`` as such a product over ``rank`` rows.
+
+    Both factors get the same size; rows that are not needed are zero.
+    """
+    left_basis, left_core = torch.linalg.qr(left.T)
+    right_basis, right_core = torch.linalg.qr(right.T)
+    u, values, v = torch.linalg.svd(left_core @ right_core.T, full_matrices=False)
+    root = values[:rank].sqrt()
+    pair = (left_basis @ u[:, :rank] * root).T, root[:, None] * v[:rank] @ right_basis.T
+    first, second = (torch.cat([x, x.new_zeros(rank - len(x), x.shape[1])]) for x in pair)
+    return first, second
+
+
+def _loudest_heads(value: LinearMap, out: LinearMap, heads: int, count: int) -> list[int]:
+    """The heads that write most, in their order."""
+    values, outs = (each.unflatten(0, (heads, -1)) for each in (value.weight, out.weight.T))
+    # |O V|^2 = trace(O'O VV'), without a matrix of d x d per head.
+    loudness = (outs @ outs.mT * (values @ values.mT)).sum((1, 2))
+    chosen: list[int] = loudness.topk(count).indices.sort().values.tolist()
+    return chosen
+
+
+def _fill_mlp(weights: MLPWeights, parts: Any, basis: _Basis, size: float) -> bool:
+    up, down = basis.reading(weights.up), basis.writing(weights.down)
+    count = len(parts.mlp.up.weight)
+    if count < len(up.weight):
+        loudness = up.weight.norm(dim=1) * down.weight.norm(dim=0)
+        chosen = loudness.topk(count).indices.sort().values
+        up, down = up.rows(chosen), LinearMap(down.weight[:, chosen], down.bias)
+    if parts.mlp_gain is not None:
+        # Such a block passes on its input at unit size, where the teacher passes on a larger one.
+        down = down.times(1 / (size * float(parts.mlp_gain)))
+    _make_plain(parts.mlp_norm)
+    return _set(parts.mlp.up, up) | _set(parts.mlp.down, down)
+
+
+def _other_activation(weights: MLPWeights, parts: Any) -> list[str]:
+    """A line if the student's neurons answer otherwise than the teacher's."""
+    sample = torch.linspace(-3, 3, 61)
+    theirs = ACT2FN[weights.activation](sample) if weights.activation in ACT2FN else None
+    if theirs is not None and (theirs - parts.mlp.act(sample)).abs().max() < 0.01:
+        return []
+    return [f"not taken: the MLP's activation, {weights.activation!r} in the teacher"]
+
+
+def _head(teacher: BlockStack, student: BlockStack) -> list[str]:
+    """Copy final norm and head where they are of one kind."""
+    pairs = ((teacher.final_norm, student.final_norm), (teacher.lm_head, student.lm_head))
+    for theirs, own in pairs:
+        shapes = [{n: p.shape for n, p in m.named_parameters()} for m in (theirs, own)]
+        if type(theirs) is not type(own) or shapes[0] != shapes[1]:
+            return ["not taken: final norm and head, which are of another kind"]
+    tied = student.lm_head.weight is student.model.get_input_embeddings().weight
+    student.final_norm.load_state_dict(teacher.final_norm.state_dict())
+    if not tied:
+        student.lm_head.load_state_dict(teacher.lm_head.state_dict())
+    return ["final norm" if tied else "final norm and head"]
+
+
+def _make_plain(norm: Any) -> None:
+    """The gain is in the maps that follow."""
+    norm.weight.fill_(1.0)
+    if getattr(norm, "bias", None) is not None:
+        norm.bias.zero_()
+
+
+def _set(module: Any, linear: LinearMap) -> bool:
+    """Set the first rows and columns; return whether a bias had no place.
+
+    Rows beyond them stay as built, and what reads them becomes zero: they add nothing, but learn.
+    """
+    rows, columns = linear.weight.shape
+    module.weight[:rows, :columns] = linear.weight.to(module.weight)
+    module.weight[:, columns:] = 0.0
+    if module.bias is None:
+        return bool(linear.bias.any())
+    module.bias.zero_()
+    module.bias[:rows] = linear.bias.to(module.bias)
+    return False
+
+
+def _blocks(indices: Sequence[int], count: int) -> str:
+    return "all blocks" if len(indices) == count else f"blocks {', '.join(map(str, indices))}"
