@@ -2,7 +2,9 @@
 
 Committed before the runs. The primary endpoint is the test loss in nats per token; differences are
 paired by seed. A seed decides the student's start, the order of the data and everything else that
-is random; the teacher is the built-in one. Eight seeds for the arms of the three primary contrasts
+is random; the teacher is the built-in one. Learning rates were chosen at the small budget on the
+validation split with seed 0, which is not reported: of 1, 2, 4 (and 8) e-3 for A1 and A3, of 2, 3,
+4 e-3 for A5, whose blocks had 3, 6 and 12 e-3; A0, A2, A4, A6 and A7 take their relatives'. Eight seeds for the arms of the three primary contrasts
 (A5 - A3, A4 - A1, A5 - A6), five for the others.
 """
 
@@ -13,9 +15,9 @@ from typing import Any, Final
 
 from benchmarks.quality_runs import Arm, Text, run_arm
 
-BUDGETS: Final = {"small": 0.02e15, "middle": 0.06e15, "large": 0.18e15}
+BUDGETS: Final = {"small": 3e12, "middle": 9e12, "large": 27e12}
 """Training operations, the teacher's forward passes counted."""
-PRIMARY_SEEDS, OTHER_SEEDS = range(8), range(5)
+PRIMARY_SEEDS, OTHER_SEEDS = range(1, 9), range(1, 6)
 SEQ_LEN = 128
 
 SHAPE: Final = {"block_size": SEQ_LEN, "vocab_size": 2048, "n_layer": 6, "n_head": 6, "n_embd": 96}
@@ -23,7 +25,8 @@ KINDS: Final = ("Vanilla", "Factored", "SASP")
 
 NMSE: Final = {"distill_loss_type": "nmse", "stitch_start": "least_squares"}
 POLISH: Final = {"polish_lr": 2e-3}
-BLOCKS: Final = {"lr_per_block": 3e-3}
+INHERITED_POLISH: Final = {"polish_lr": 4e-3}
+BLOCKS: Final = {"lr_per_block": 6e-3}
 
 
 def arms() -> dict[str, Arm]:
@@ -32,12 +35,12 @@ def arms() -> dict[str, Arm]:
         Arm(name="A0", next_token=True, training=POLISH),
         Arm(name="A1", training=POLISH),
         Arm(name="A2", init="pca", head_phase=True, next_token=True, training=POLISH),
-        Arm(name="A3", init="pca", head_phase=True, training=POLISH),
+        Arm(name="A3", init="pca", head_phase=True, training=INHERITED_POLISH),
         Arm(name="A4", blocks=0.25, head_phase=True, options=NMSE, training=POLISH | BLOCKS),
         Arm(
             name="A5",
             init="pca",
-            blocks=0.25,
+            blocks=0.15,
             head_phase=True,
             options=NMSE,
             training=POLISH | BLOCKS,

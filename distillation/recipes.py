@@ -67,7 +67,7 @@ BEST: Final = Recipe(
         "lm_head_epochs": 0,
         "lm_head_lr": 1e-3,
         "initialize_head_from_teacher": True,
-        "polish_epochs": 6,
+        "polish_epochs": 3,
         "polish_lr": 2e-3,
     },
 )

@@ -183,7 +183,7 @@ def test_after_an_exception_only_kept_files_stay(tmp_path: Path, keep: bool) -> 
             if self.epochs == 3:
                 raise RuntimeError("the disk of the data was pulled out")
 
-    options = {"activation_cache": "disk", "keep_activations": keep}
+    options = {"activation_cache": "disk", "keep_activations": keep, "audit_tokens": 0}
     with pytest.raises(RuntimeError, match="pulled out"):
         train(tmp_path / "run", data=Broken(batches()), **options)
     folder = tmp_path / "run" / "activations"

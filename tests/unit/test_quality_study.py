@@ -1,0 +1,150 @@
+"""The quality study: budgets are spent as charged, and its statistics are the textbook's."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.quality_plan import BUDGETS, TABLES, Run, arms
+from benchmarks.quality_report import grouped, reading, write_page
+from benchmarks.quality_runs import Arm, Costs, StepLoader, Text, judge, run_arm, share_out
+from benchmarks.quality_statistics import contrast, estimate, holm
+from cleangpt.blocks import BlockStack
+from tests.builders import VOCAB, tiny_student, tiny_teacher
+
+SHAPE = {"block_size": 16, "vocab_size": VOCAB, "n_layer": 2, "n_head": 2, "n_embd": 16}
+
+
+def costs() -> Costs:
+    student = tiny_student(**SHAPE)
+    return Costs(BlockStack(tiny_teacher()), BlockStack(student), 16)
+
+
+def text() -> Text:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, VOCAB, (40, 16), generator=generator)
+    return Text(ids[:32], ids[32:])
+
+
+@pytest.mark.parametrize("name", sorted(arms()))
+@pytest.mark.parametrize("budget", [3e9, 3e10])
+def test_an_arm_spends_its_budget_and_no_more(name: str, budget: float) -> None:
+    arm, of = arms()[name], costs()
+    steps = share_out(arm, of, budget, distinct=10**6, batch_tokens=64)
+    assert steps.flops <= budget or (steps.polish == 0 and arm.head_phase)
+    if steps.polish:
+        step = 64 * (of.polish_step(next_token=arm.next_token) + of.teacher_blocks)
+        assert budget - steps.flops < step
+    assert (steps.blocks > 0) == (arm.blocks > 0)
+    assert (steps.polish > 0) == (arm.blocks < 1) or steps.flops > budget * 0.5
+
+
+def test_the_teachers_blocks_are_charged_once_per_token() -> None:
+    of, arm = costs(), Arm(name="logits")
+    budget = 1e9
+    known = share_out(arm, of, budget, distinct=64, batch_tokens=64)
+    fresh = share_out(arm, of, budget, distinct=10**9, batch_tokens=64)
+    assert known.polish > fresh.polish
+    step = 64 * of.polish_step(next_token=False)
+    assert fresh.flops == pytest.approx(fresh.polish * (step + 64 * of.teacher_blocks))
+    assert known.flops == pytest.approx(known.polish * step + 64 * of.teacher_blocks)
+
+
+def test_batches_are_shuffled_epochs_and_repeat() -> None:
+    windows = torch.arange(10)[:, None].expand(10, 4)
+    loader = StepLoader(windows, 5, 4, seed=3)
+    seen = [batch["input_ids"][:, 0].tolist() for batch in loader]
+    assert sorted(seen[0] + seen[1]) == sorted(seen[2] + seen[3]) == list(range(10))
+    assert seen[0] + seen[1] != seen[2] + seen[3]
+    assert [batch["input_ids"][:, 0].tolist() for batch in loader] == seen
+    loader.set_epoch(1)
+    assert [batch["input_ids"][:, 0].tolist() for batch in loader] != seen
+
+
+@pytest.mark.parametrize("name", ["A0", "A5"])
+def test_an_arm_runs_and_repeats(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.quality_runs.HEAD_FIT_TOKENS", 256)
+
+    def run() -> dict[str, object]:
+        return run_arm(
+            arms()[name],
+            teacher=tiny_teacher(),
+            text=text(),
+            kind="Vanilla",
+            shape=SHAPE,
+            budget=8e7,
+            seed=1,
+            batch_size=4,
+        )
+
+    first, second = run(), run()
+    assert first["loss"] == second["loss"]
+    assert math.isfinite(float(str(first["loss"])))
+    assert first["steps"]["polish"] > 0  # type: ignore[index]
+
+
+def test_the_judge_agrees_with_transformers_own_loss() -> None:
+    student, teacher, windows = tiny_student(**SHAPE).eval(), tiny_teacher(), text().held_out
+    found = judge(student, teacher, windows)
+    expected = student(input_ids=windows, labels=windows).loss.detach()
+    assert found["loss"] == pytest.approx(float(expected), rel=1e-5)
+    assert judge(teacher, teacher, windows)["kl"] == pytest.approx(0, abs=1e-6)
+    assert judge(teacher, teacher, windows)["agreement"] == 1.0
+
+
+def test_statistics_by_hand() -> None:
+    found = estimate([1.0, 2.0, 3.0])
+    assert found.mean == 2.0
+    assert found.high - found.mean == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
+    pair = contrast([1.0, 2.0, 4.0, 4.5], [1.5, 2.6, 4.4, 5.0])
+    assert pair.difference.mean == pytest.approx(-0.5)
+    assert pair.p_value == pytest.approx(0.0010, abs=2e-4)
+    assert pair.bootstrap is not None
+    assert pair.bootstrap[0] < -0.5 < pair.bootstrap[1]
+    assert reading(pair) == "better"
+    assert holm([0.01, 0.04, 0.03, float("nan")])[:3] == pytest.approx([0.03, 0.06, 0.06])
+    with pytest.raises(ValueError, match="cannot be paired"):
+        contrast([1.0], [1.0, 2.0])
+
+
+def test_runs_have_names_of_their_own() -> None:
+    keys = [run.key for table in TABLES.values() for run in table()]
+    assert len(keys) == len(set(keys))
+    assert {run.budget for run in TABLES["arms"]()} == set(BUDGETS)
+
+
+def test_the_page_is_written_from_the_records(tmp_path: Path) -> None:
+
+    records = []
+    for arm, shift in (("A0", 1.0), ("A1", 0.5), ("A3", 0.3), ("A4", 0.4), ("A5", 0.1)):
+        for seed in range(3):
+            loss = 3.5 + shift + 0.01 * seed + (0.003 * seed if arm == "A5" else 0)
+            run = Run(arms()[arm], "Vanilla", "small", seed)
+            records.append(
+                {
+                    "key": run.key,
+                    "split": "test",
+                    "arm": arm,
+                    "kind": "Vanilla",
+                    "budget_name": "small",
+                    "seed": seed,
+                    "loss": loss,
+                    "kl": shift,
+                    "agreement": 0.5,
+                    "teacher_loss": 3.5,
+                    "train_seconds": 10.0,
+                }
+            )
+    folder = tmp_path / "quality"
+    folder.mkdir()
+    lines = [json.dumps(record) for record in records]
+    (folder / "arms.jsonl").write_text("\n".join(lines) + "\n")
+    page = write_page(folder, tmp_path / "docs").read_text()
+    assert "| small | A5 | 3.6" in page
+    assert "89%" in page  # A5 closes nine tenths of the way from A0 to the teacher
+    assert "A5 - A3" in page
+    assert "better" in page
+    assert (tmp_path / "docs" / "figures" / "loss_against_budget_vanilla.png").stat().st_size > 1000
+    assert len(grouped(records)) == 5
