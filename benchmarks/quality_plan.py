@@ -4,8 +4,8 @@ Committed before the runs. The primary endpoint is the test loss in nats per tok
 paired by seed. A seed decides the student's start, the order of the data and everything else that
 is random; the teacher is the built-in one. Learning rates were chosen at the small budget on the
 validation split with seed 0, which is not reported: of 1, 2, 4 (and 8) e-3 for A1 and A3, of 2, 3,
-4 e-3 for A5, whose blocks had 3, 6 and 12 e-3; A0, A2, A4, A6 and A7 take their relatives'. Eight seeds for the arms of the three primary contrasts
-(A5 - A3, A4 - A1, A5 - A6), five for the others.
+4 e-3 for A5, whose blocks had 3, 6 and 12 e-3; A0, A2, A4, A6 and A7 take their relatives'. Eight
+seeds for the arms of the three primary contrasts (A5 - A3, A4 - A1, A5 - A6), five for the others.
 """
 
 from collections.abc import Callable, Iterator

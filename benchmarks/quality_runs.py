@@ -49,7 +49,6 @@ class Arm:
         next_token: Whether the last stage learns the text itself, without a teacher.
         options: More keyword arguments of the trainer.
         training: More keyword arguments of its ``train``.
-        untrained_blocks_teacher: Whether blocks and head learn from a teacher with random weights.
     """
 
     name: str
@@ -60,7 +59,6 @@ class Arm:
     next_token: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
-    untrained_blocks_teacher: bool = False
 
 
 @dataclass(frozen=True)
