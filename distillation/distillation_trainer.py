@@ -64,7 +64,7 @@ class DistillationTrainer:
         logit_loss_weight: Factor on the logit loss, relative to the hidden-state loss.
         optimizer_cls: Called as ``optimizer_cls(parameter_groups, lr=...)``.
         validation_dataloader: Held-out batches of the same form. Each stage then keeps the weights
-            of the epoch with the lowest loss on them. None keeps the last epoch's.
+            with the lowest loss on them, at its start or after an epoch. None keeps the last.
         overwrite: Whether an earlier run in ``output_dir`` may be deleted.
         keep_start: Whether to save the untrained student too, in ``start/``, for comparison.
         show_progress: Whether to draw bars; None draws them on a terminal and in a notebook.

@@ -62,13 +62,13 @@ BEST: Final = Recipe(
     },
     {
         "epochs_per_block": 1,
-        "lr_per_block": 3e-3,
+        "lr_per_block": 1e-3,
         "train_lm_head": True,
         "lm_head_epochs": 0,
         "lm_head_lr": 1e-3,
         "initialize_head_from_teacher": True,
         "polish_epochs": 3,
-        "polish_lr": 2e-3,
+        "polish_lr": 1e-3,
     },
 )
 RECIPES: Final = {recipe.name: recipe for recipe in (TUTORIAL, BEST)}

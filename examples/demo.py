@@ -15,6 +15,8 @@ RECIPES = {
     "builtin": [
         *("--recipe", "best", "--student_n_embd", "96", "--student_n_head", "6"),
         *("--max_samples", "100", "--polish_epochs", "2"),
+        # The recipe's rates are for widths of some hundreds; so narrow a student takes higher ones.
+        *("--lr_per_block", "3e-3", "--polish_lr", "2e-3"),
     ],
     "smollm2": [
         *("--student_n_layer", "6", "--student_n_embd", "384", "--student_n_head", "6"),

@@ -58,8 +58,9 @@ class BaseDistillationTrainer:
         run: The run's directory.
         optimizer_cls: Called as ``optimizer_cls(parameter_groups, lr=...)``.
         config: The run's settings.
-        validation_dataloader: Held-out batches of the same form. After each epoch the stage's loss
-            on them is written down; at its end the weights of the best epoch are kept.
+        validation_dataloader: Held-out batches of the same form. Before the first epoch and after
+            each, the stage's loss on them is written down; its best weights are kept, which may be
+            those it started from.
 
     Raises:
         InputError: If a model's blocks cannot be found, or vocabularies do not match.
@@ -220,6 +221,7 @@ class BaseDistillationTrainer:
         modules = [module for stage in stages for module in stage.compilable()]
         try:
             with compiled(modules if self.config.compile_blocks else ()):
+                self._validate([loop for loop in loops if loop.settings.epochs])
                 for epoch in range(max(own.epochs for own in settings)):
                     if not self._train_epoch(loops, epoch):
                         break
@@ -285,11 +287,11 @@ class BaseDistillationTrainer:
         for loop in loops:
             loop.end_epoch(self.run, epoch)
             self.after_epoch(loop.stage, epoch)
-        self._validate(loops, epoch)
+        self._validate(loops)
         return True
 
     @torch.no_grad()
-    def _validate(self, loops: list[StageLoop], epoch: int) -> None:
+    def _validate(self, loops: list[StageLoop]) -> None:
         """Take the stages' losses on held-out data, and remember which weights were best."""
         if self.validation_dataloader is None:
             return
@@ -305,7 +307,7 @@ class BaseDistillationTrainer:
                         sums[index] += float(loop.stage.loss(batch)) * count
                     counts[index] += count
         for loop, total, count in zip(loops, sums, counts, strict=True):
-            loop.keep_best(total / max(1, count), self.run, epoch)
+            loop.keep_best(total / max(1, count), self.run)
 
     def after_epoch(self, stage: Stage, epoch: int) -> None:
         """Called after each epoch of a stage; does nothing here."""

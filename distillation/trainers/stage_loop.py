@@ -43,9 +43,10 @@ class StageResult:
         tokens: Valid positions seen.
         seconds: Wall time; of stages that trained together, an equal share.
         summary: What the stage itself measured.
-        validation_losses: Mean loss on held-out data after each epoch; empty without such data.
-        kept_epoch: The epoch (from 0) whose weights were kept for their validation loss; None if
-            there was no such choice.
+        validation_losses: Mean loss on held-out data: before the first epoch, then after each;
+            empty without such data.
+        kept_epochs: After how many epochs the weights had their lowest validation loss, and were
+            kept; 0 is the start, None that there was no such choice.
     """
 
     name: str
@@ -57,7 +58,7 @@ class StageResult:
     seconds: float = 0.0
     summary: dict[str, float] = field(default_factory=dict)
     validation_losses: list[float] = field(default_factory=list)
-    kept_epoch: int | None = None
+    kept_epochs: int | None = None
 
     @property
     def last_loss(self) -> float:
@@ -78,7 +79,7 @@ class StageResult:
             "best_loss": self.best_loss,
             "last_loss": self.last_loss,
             "validation_losses": self.validation_losses,
-            "kept_epoch": self.kept_epoch,
+            "kept_epochs": self.kept_epochs,
             "steps": self.steps,
             "skipped": self.skipped,
             "tokens": self.tokens,
@@ -133,23 +134,25 @@ class StageLoop:
         self.result.epoch_losses.append(mean)
         run.metrics.write("epoch", stage=self.stage.name, epoch=epoch, loss=mean)
 
-    def keep_best(self, validation_loss: float, run: RunDirectory, epoch: int) -> None:
+    def keep_best(self, validation_loss: float, run: RunDirectory) -> None:
         """Remember the weights with the lowest validation loss; stop when it no longer falls."""
-        losses = self.result.validation_losses
+        losses, kept = self.result.validation_losses, self.result.kept_epochs
+        done = len(losses)
         losses.append(validation_loss)
-        run.metrics.write("validation", stage=self.stage.name, epoch=epoch, loss=validation_loss)
-        kept = self.result.kept_epoch
+        run.metrics.write(
+            "validation", stage=self.stage.name, epochs_done=done, loss=validation_loss
+        )
         is_best = kept is None or validation_loss < losses[kept]
         if is_best and math.isfinite(validation_loss):
-            self.result.kept_epoch = epoch
+            self.result.kept_epochs = done
             self._best_weights = [p.detach().clone() for p in self.parameters]
             return
         patience = self.config.early_stop_patience
-        if kept is not None and patience and epoch - kept >= patience:
+        if kept is not None and patience and done - kept >= patience:
             self.has_stopped = True
             logger.info(
-                "%s stops after epoch %d: no better validation loss since epoch %d.",
-                *(self.stage.name, epoch + 1, kept + 1),
+                "%s stops after %d epochs: no better validation loss since %d.",
+                *(self.stage.name, done, kept),
             )
 
     @torch.no_grad()

@@ -46,9 +46,9 @@ def test_the_weights_with_the_lowest_held_out_loss_are_kept(tmp_path: Path) -> N
     trainer = overfitting(tmp_path, student)
     (row,) = trainer.train_backbone(60, 3e-2)["blocks"]
     losses = row["validation_losses"]
-    assert len(losses) == 60
+    assert len(losses) == 1 + 60  # the start's is the first
     assert losses[-1] > min(losses)  # it did overfit
-    assert row["kept_epoch"] == losses.index(min(losses))
+    assert row["kept_epochs"] == losses.index(min(losses))
     written = events(tmp_path, "validation")
     assert [event["loss"] for event in written] == losses
 
@@ -66,9 +66,9 @@ def test_a_block_that_no_longer_gains_stops(tmp_path: Path) -> None:
     trainer = overfitting(tmp_path, tiny_student(n_layer=1), early_stop_patience=3)
     (row,) = trainer.train_backbone(60, 3e-2)["blocks"]
     losses = row["validation_losses"]
-    assert len(losses) < 60
-    assert len(losses) == row["kept_epoch"] + 1 + 3
-    assert row["steps"] == len(losses)
+    assert len(losses) < 1 + 60
+    assert len(losses) == row["kept_epochs"] + 1 + 3
+    assert row["steps"] == len(losses) - 1
 
 
 def test_parallel_blocks_stop_one_by_one(tmp_path: Path) -> None:
@@ -82,3 +82,15 @@ def test_parallel_blocks_stop_one_by_one(tmp_path: Path) -> None:
 def test_patience_without_held_out_data_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="validation_dataloader"):
         backbone_trainer(tmp_path, early_stop_patience=2)
+
+
+def test_a_stage_that_only_gets_worse_keeps_its_start(tmp_path: Path) -> None:
+    student = tiny_student(n_layer=1)
+    before = weights_of(student)
+    trainer = backbone_trainer(
+        tmp_path, student, batches(3), validation_dataloader=HELD_OUT, lr_schedule="constant"
+    )
+    (row,) = trainer.train_backbone(2, 2.0)["blocks"]
+    assert row["kept_epochs"] == 0
+    assert row["steps"] == 6
+    assert unchanged(before, weights_of(student)) == set(before)
