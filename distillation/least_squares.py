@@ -39,8 +39,13 @@ class LeastSquares:
         self._xy = xy if self._xy is None else self._xy + xy
         self.count += x.shape[0]
 
-    def regression(self) -> tuple[Float[Tensor, "d_out d_in"], Float[Tensor, " d_out"]]:
+    def regression(
+        self, ridge: float = RIDGE
+    ) -> tuple[Float[Tensor, "d_out d_in"], Float[Tensor, " d_out"]]:
         """Return ``B`` and ``c``, in float64.
+
+        Args:
+            ridge: Ridge term as a share of each input channel's variance.
 
         Raises:
             ValueError: If no position was counted.
@@ -53,7 +58,7 @@ class LeastSquares:
         covariance += torch.diag(_ROUNDING * second_moment.diagonal())
         spread = covariance.diagonal().clamp(min=torch.finfo(torch.float64).tiny).sqrt()[:, None]
         correlation = covariance / spread / spread.T
-        correlation.diagonal().add_(RIDGE)
+        correlation.diagonal().add_(ridge)
         cross = (xy[:-1] - torch.outer(mean, target_mean)) / spread
         weight = (torch.linalg.solve(correlation, cross) / spread).T
         return weight, target_mean - weight @ mean

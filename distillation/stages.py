@@ -15,9 +15,13 @@ from cleangpt.blocks import BlockStack
 from distillation.activations import Activations
 from distillation.batch import Batch
 from distillation.fit_statistics import FitStatistics
-from distillation.least_squares import LeastSquares
+from distillation.least_squares import RIDGE, LeastSquares
 from distillation.losses import DistillationLoss
 from stitching_layers import StitchingLayer
+
+START_RIDGE = 1e-3
+"""Of a stitch whose block is still to learn: weights on directions of hardly any variance would
+amplify every step of the block."""
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """``(student, teacher) -> mean over positions``, both of shape [positions, dim]."""
@@ -160,7 +164,7 @@ class BlockStage(Stage):
             sums.add(compared.valid(student), target)
             if sums.count >= max_tokens:
                 break
-        set_stitch(self.stitch, sums)
+        set_stitch(self.stitch, sums, ridge=START_RIDGE)
 
     def start_epoch(self) -> None:
         """Forget the statistics of the epoch before."""
@@ -191,9 +195,9 @@ def comparable(loss_fn: Loss, student: Tensor, teacher: Tensor) -> tuple[Tensor,
     return student, teacher
 
 
-def set_stitch(stitch: StitchingLayer, sums: LeastSquares) -> None:
+def set_stitch(stitch: StitchingLayer, sums: LeastSquares, ridge: float = RIDGE) -> None:
     """Make a stitch the solution of a regression; one without a bias leaves the intercept out."""
-    weight, intercept = sums.regression()
+    weight, intercept = sums.regression(ridge)
     stitch.projection.weight.copy_(weight)
     if stitch.projection.bias is not None:
         stitch.projection.bias.copy_(intercept)
