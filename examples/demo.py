@@ -20,7 +20,10 @@ RECIPES = {
     ],
     "smollm2": [
         *("--student_n_layer", "6", "--student_n_embd", "384", "--student_n_head", "6"),
-        *("--recipe", "best", "--max_samples", "40", "--polish_epochs", "2"),
+        *("--recipe", "tutorial", "--max_samples", "100", "--logit_loss_temperature", "1"),
+        *("--lr_per_block", "2e-3", "--lm_head_epochs", "1", "--lm_head_lr", "2e-3"),
+        # This teacher parks activations of several thousands on the first token of a window.
+        *("--first_hidden_position", "1"),
     ],
 }
 EVALUATION = {

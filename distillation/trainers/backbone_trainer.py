@@ -377,5 +377,7 @@ def verdict(result: StageResult, relative_error: float) -> str:
     words = [text for limit, text in limits if relative_error < limit]
     if words:
         return words[0]
-    diverged = result.last_loss > result.first_loss
+    # Held-out losses where there are any: a fitted stitch knows its own data better than others.
+    losses = result.validation_losses or [result.first_loss, result.last_loss]
+    diverged = losses[-1] > losses[0]
     return "diverged: lower lr_per_block" if diverged else "no better than the mean"
