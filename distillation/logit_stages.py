@@ -101,9 +101,8 @@ class HeadStage(Stage):
         features = self.teacher.final_norm(state)
         dtype = product_dtype(features)
         if self._teacher_weight is None or self._teacher_weight.dtype != dtype:
-            self._teacher_weight = first_rows(head.weight, rows).to(
-                dtype
-            )  # cast once, not at every step
+            # Cast once, not at every step.
+            self._teacher_weight = first_rows(head.weight, rows).to(dtype)
         return linear_head(features, self._teacher_weight, bias)
 
 

@@ -169,6 +169,9 @@ class HeadDistillationTrainer(BaseDistillationTrainer):
         row = self.train_stage(stage, settings).row()
         self.run.metrics.write("head", **row)
         self.run.add_stage(row)
+        if settings.epochs == 0:
+            logger.info("The head stays as it starts: no epoch of its own was asked for.")
+            return row
         logger.info(
             "Head: first loss %.4g, best %.4g, last %.4g, %.1f s",
             *(row[k] for k in ("first_loss", "best_loss", "last_loss", "seconds")),
