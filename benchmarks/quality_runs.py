@@ -10,7 +10,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +32,7 @@ from model import build_student
 
 logger = logging.getLogger(__name__)
 
-HEAD_FIT_TOKENS = 131_072
+HEAD_FIT_TOKENS = 32_768
 WARM_UP_STEPS = 16
 
 
@@ -47,6 +47,7 @@ class Arm:
         head: Share of the budget for the head phase; the closed-form start alone is 0.
         head_phase: Whether there is a head phase at all.
         next_token: Whether the last stage learns the text itself, without a teacher.
+        untrained_start: Whether all but the polish has an untrained teacher of the same shape.
         options: More keyword arguments of the trainer.
         training: More keyword arguments of its ``train``.
     """
@@ -57,6 +58,7 @@ class Arm:
     head: float = 0.0
     head_phase: bool = False
     next_token: bool = False
+    untrained_start: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
 
@@ -148,16 +150,21 @@ class Costs:
 
     def blocks_step(self) -> float:
         """One step of every block in turn, stitches included."""
-        stitch = 2.0 * self.student.hidden_size * self.teacher.hidden_size
-        return 3 * (self.student_blocks + self.student.num_blocks * stitch)
+        return 3 * (self.student_blocks + self.stitches)
 
     def head_step(self) -> float:
         """One step of the head phase."""
         return 3 * self.student_head + self.teacher_head
 
-    def polish_step(self, *, next_token: bool) -> float:
+    @property
+    def stitches(self) -> float:
+        """The stitches of all blocks, forward."""
+        width = 2.0 * self.student.hidden_size * self.teacher.hidden_size
+        return self.student.num_blocks * width
+
+    def polish_step(self, *, next_token: bool = False, hidden: bool = False) -> float:
         """One step of the whole student."""
-        own = 3 * (self.student_blocks + self.student_head)
+        own = 3 * (self.student_blocks + self.student_head + hidden * self.stitches)
         return own if next_token else own + self.teacher_head
 
 
@@ -182,7 +189,10 @@ def share_out(arm: Arm, costs: Costs, budget: float, distinct: int, batch_tokens
     spent += known * costs.teacher_blocks
     spent += costs.student_blocks * min(distinct, blocks * batch_tokens)
     spent += costs.student_blocks * min(distinct, max(fitted, head * batch_tokens))
-    step = costs.polish_step(next_token=arm.next_token) * batch_tokens
+    hidden = arm.options.get("polish_hidden_weight", 0.0) > 0
+    step = costs.polish_step(next_token=arm.next_token, hidden=hidden) * batch_tokens
+    if arm.untrained_start:
+        known = 0  # the polish has another teacher
     polish = 0
     while arm.blocks + arm.head < 1:
         fresh = 0
@@ -214,15 +224,29 @@ def run_arm(
     costs = Costs(BlockStack(teacher), BlockStack(student), text.train.shape[1])
     steps = share_out(arm, costs, budget, text.train.numel(), batch_size * text.train.shape[1])
     started_at = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = _trainer(arm, teacher, student, text, steps, seed, batch_size, Path(folder))
-        results = trainer.train(
-            epochs_per_block=min(1, steps.blocks),
-            train_lm_head=arm.head_phase,
-            lm_head_epochs=min(1, steps.head),
-            polish_epochs=min(1, steps.polish),
-            **{"lr_per_block": 1e-3, **arm.training},
-        )
+    start = untrained_like(teacher, seed) if arm.untrained_start else teacher
+    epochs: dict[str, Any] = {
+        "epochs_per_block": min(1, steps.blocks),
+        "train_lm_head": arm.head_phase,
+        "lm_head_epochs": min(1, steps.head),
+        "polish_epochs": min(1, steps.polish),
+        "lr_per_block": 1e-3,
+        **arm.training,
+    }
+    passes = [(arm, start, epochs)]
+    if arm.untrained_start:
+        alone = {**epochs, "epochs_per_block": 0, "train_lm_head": False}
+        passes = [
+            (arm, start, {**epochs, "polish_epochs": 0}),
+            (replace(arm, init="none"), teacher, alone),
+        ]
+    train_seconds = 0.0
+    for stages, teacher_of_stages, arguments in passes:
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = _trainer(
+                stages, teacher_of_stages, student, text, steps, seed, batch_size, Path(folder)
+            )
+            train_seconds += trainer.train(**arguments)["seconds"]
     seconds = time.perf_counter() - started_at
     return {
         "arm": arm.name,
@@ -233,9 +257,15 @@ def run_arm(
         "parameters": sum(p.numel() for p in student.parameters()),
         "steps": asdict(steps),
         "seconds": round(seconds, 2),
-        "train_seconds": round(results["seconds"], 2),
+        "train_seconds": round(train_seconds, 2),
         **judge(student, teacher, text.held_out),
     }
+
+
+def untrained_like(teacher: Any, seed: int) -> Any:
+    """A model of the teacher's shape with random weights."""
+    torch.manual_seed(seed)
+    return type(teacher)(teacher.config).eval()
 
 
 def _trainer(
