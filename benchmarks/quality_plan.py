@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Final
 
-from benchmarks.quality_runs import Arm, Text, run_arm
+from benchmarks.quality_runs import Arm, Judge, run_arm
 
 BUDGETS: Final = {"small": 1e12, "middle": 3e12, "large": 9e12}
 """Training operations, the teacher's forward passes counted."""
@@ -130,7 +130,8 @@ def perform(run: Run, split: str) -> dict[str, Any]:
     return run_arm(
         run.arm,
         teacher=builtin_teacher().model,
-        text=builtin_text(split),
+        windows=builtin_windows("train"),
+        judge=builtin_judge(split),
         kind=run.kind,
         shape=run.shape,
         budget=BUDGETS[run.budget],
@@ -147,13 +148,16 @@ def builtin_teacher() -> Any:
 
 
 @cache
-def builtin_text(split: str) -> Text:
-    """All full windows of the training text, and of the split that judges."""
+def builtin_windows(split: str) -> Any:
+    """All full windows of a part of the built-in text."""
     from cleangpt.data import TextDataset, load_texts
 
-    def windows(name: str) -> Any:
-        tokenizer = builtin_teacher().tokenizer
-        tokens = TextDataset(load_texts("builtin", split=name).texts, tokenizer, SEQ_LEN).tokens
-        return tokens[: len(tokens) // SEQ_LEN * SEQ_LEN].view(-1, SEQ_LEN)
+    tokenizer = builtin_teacher().tokenizer
+    tokens = TextDataset(load_texts("builtin", split=split).texts, tokenizer, SEQ_LEN).tokens
+    return tokens[: len(tokens) // SEQ_LEN * SEQ_LEN].view(-1, SEQ_LEN)
 
-    return Text(windows("train"), windows(split))
+
+@cache
+def builtin_judge(split: str) -> Judge:
+    """Judges by a part of the built-in text."""
+    return Judge(builtin_teacher().model, builtin_windows(split))

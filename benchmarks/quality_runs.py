@@ -63,14 +63,6 @@ class Arm:
     training: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Text:
-    """Windows of token ids, [windows, seq]: to train on, and to be judged by."""
-
-    train: Tensor
-    held_out: Tensor
-
-
 class StepLoader:
     """Exactly ``steps`` batches per pass: shuffled epochs of the windows, one after the other."""
 
@@ -211,18 +203,19 @@ def run_arm(
     arm: Arm,
     *,
     teacher: Any,
-    text: Text,
+    windows: Tensor,
+    judge: "Judge",
     kind: str,
     shape: dict[str, Any],
     budget: float,
     seed: int,
     batch_size: int = 8,
 ) -> dict[str, Any]:
-    """Train one student and judge it; everything that says what was done is in the record."""
+    """Train one student on windows, [windows, seq], and judge it; the record says how."""
     torch.manual_seed(seed)
     student: Any = build_student(GPTConfig(model_type=kind, dropout=0.0, **shape))
-    costs = Costs(BlockStack(teacher), BlockStack(student), text.train.shape[1])
-    steps = share_out(arm, costs, budget, text.train.numel(), batch_size * text.train.shape[1])
+    costs = Costs(BlockStack(teacher), BlockStack(student), windows.shape[1])
+    steps = share_out(arm, costs, budget, windows.numel(), batch_size * windows.shape[1])
     started_at = time.perf_counter()
     start = untrained_like(teacher, seed) if arm.untrained_start else teacher
     epochs: dict[str, Any] = {
@@ -244,7 +237,7 @@ def run_arm(
     for stages, teacher_of_stages, arguments in passes:
         with tempfile.TemporaryDirectory() as folder:
             trainer = _trainer(
-                stages, teacher_of_stages, student, text, steps, seed, batch_size, Path(folder)
+                stages, teacher_of_stages, student, windows, steps, seed, batch_size, Path(folder)
             )
             train_seconds += trainer.train(**arguments)["seconds"]
     seconds = time.perf_counter() - started_at
@@ -258,7 +251,7 @@ def run_arm(
         "steps": asdict(steps),
         "seconds": round(seconds, 2),
         "train_seconds": round(train_seconds, 2),
-        **judge(student, teacher, text.held_out),
+        **judge(student),
     }
 
 
@@ -272,14 +265,14 @@ def _trainer(
     arm: Arm,
     teacher: Any,
     student: Any,
-    text: Text,
+    windows: Tensor,
     steps: Steps,
     seed: int,
     batch_size: int,
     folder: Path,
 ) -> DistillationTrainer:
     loaders = [
-        StepLoader(text.train, batch_size, max(count, WARM_UP_STEPS), seed)
+        StepLoader(windows, batch_size, max(count, WARM_UP_STEPS), seed)
         for count in (steps.blocks, steps.head, steps.polish)
     ]
     options: dict[str, Any] = {
@@ -298,30 +291,52 @@ def _trainer(
         )
     trainer.head_trainer.train_dataloader = loaders[1]
     if not steps.head:  # the closed-form start reads the data
-        needed = HEAD_FIT_TOKENS // (batch_size * text.train.shape[1])
-        trainer.head_trainer.train_dataloader = StepLoader(text.train, batch_size, needed, seed)
+        needed = HEAD_FIT_TOKENS // (batch_size * windows.shape[1])
+        trainer.head_trainer.train_dataloader = StepLoader(windows, batch_size, needed, seed)
     trainer.polish_trainer.train_dataloader = loaders[2]
     return trainer
 
 
-@torch.no_grad()
-def judge(student: Any, teacher: Any, windows: Tensor, batch_size: int = 16) -> dict[str, Any]:
-    """Held-out loss in nats per token, KL from the teacher and agreement of the first choices."""
-    sums = {"loss": 0.0, "kl": 0.0, "agreement": 0.0, "teacher_loss": 0.0}
-    per_window: list[float] = []
-    student.eval()
-    teacher.eval()
-    for ids in windows.split(batch_size):
-        own = student(input_ids=ids).logits[:, :-1].float()
-        theirs = teacher(input_ids=ids).logits[:, :-1].float()
-        targets = ids[:, 1:]
-        losses = F.cross_entropy(own.transpose(1, 2), targets, reduction="none").mean(-1)
-        per_window += losses.tolist()
-        sums["loss"] += float(losses.sum())
-        taught = F.cross_entropy(theirs.transpose(1, 2), targets, reduction="none").mean(-1)
-        sums["teacher_loss"] += float(taught.sum())
-        flat = own.flatten(0, 1), theirs.flatten(0, 1)
-        sums["kl"] += float(tempered_kl(*flat, temperature=1.0)) * len(ids)
-        sums["agreement"] += float((own.argmax(-1) == theirs.argmax(-1)).float().mean(-1).sum())
-    found = {name: total / len(windows) for name, total in sums.items()}
-    return {**found, "window_losses": [round(loss, 4) for loss in per_window]}
+class Judge:
+    """Held-out loss, KL from the teacher and agreement; the teacher's answers are kept.
+
+    Args:
+        teacher: Judged against.
+        windows: Token ids, [windows, seq].
+        batch_size: Windows at a time.
+    """
+
+    @torch.no_grad()
+    def __init__(self, teacher: Any, windows: Tensor, batch_size: int = 16) -> None:
+        teacher.eval()
+        self.batches = windows.split(batch_size)
+        self.logits = [teacher(input_ids=ids).logits[:, :-1].float() for ids in self.batches]
+        losses = [token_losses(*pair) for pair in zip(self.logits, self.batches, strict=True)]
+        self.teacher_loss = float(torch.cat(losses).mean())
+
+    @torch.no_grad()
+    def __call__(self, student: Any) -> dict[str, Any]:
+        """Return means over tokens, in nats, and the loss of each window."""
+        student.eval()
+        per_window: list[float] = []
+        kl = agreement = 0.0
+        for ids, theirs in zip(self.batches, self.logits, strict=True):
+            own = student(input_ids=ids).logits[:, :-1].float()
+            per_window += token_losses(own, ids).tolist()
+            flat = own.flatten(0, 1), theirs.flatten(0, 1)
+            kl += float(tempered_kl(*flat, temperature=1.0)) * len(ids)
+            agreement += float((own.argmax(-1) == theirs.argmax(-1)).float().mean(-1).sum())
+        count = len(per_window)
+        return {
+            "loss": sum(per_window) / count,
+            "kl": kl / count,
+            "agreement": agreement / count,
+            "teacher_loss": self.teacher_loss,
+            "window_losses": [round(loss, 4) for loss in per_window],
+        }
+
+
+def token_losses(logits: Tensor, ids: Tensor) -> Tensor:
+    """The mean loss of each window's next tokens, [windows], in nats."""
+    losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    return losses.mean(-1)

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.quality_plan import BUDGETS, TABLES, Run, arms
 from benchmarks.quality_report import grouped, reading, write_page
-from benchmarks.quality_runs import Arm, Costs, StepLoader, Text, judge, run_arm, share_out
+from benchmarks.quality_runs import Arm, Costs, Judge, StepLoader, run_arm, share_out
 from benchmarks.quality_statistics import contrast, estimate, holm
 from cleangpt.blocks import BlockStack
 from tests.builders import VOCAB, tiny_student, tiny_teacher
@@ -22,10 +22,8 @@ def costs() -> Costs:
     return Costs(BlockStack(tiny_teacher()), BlockStack(student), 16)
 
 
-def text() -> Text:
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(1, VOCAB, (40, 16), generator=generator)
-    return Text(ids[:32], ids[32:])
+def windows() -> torch.Tensor:
+    return torch.randint(1, VOCAB, (40, 16), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("name", sorted(arms()))
@@ -71,7 +69,8 @@ def test_an_arm_runs_and_repeats(name: str, monkeypatch: pytest.MonkeyPatch) -> 
         return run_arm(
             arms()[name],
             teacher=tiny_teacher(),
-            text=text(),
+            windows=windows()[:32],
+            judge=Judge(tiny_teacher(), windows()[32:]),
             kind="Vanilla",
             shape=SHAPE,
             budget=8e7,
@@ -86,12 +85,13 @@ def test_an_arm_runs_and_repeats(name: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_judge_agrees_with_transformers_own_loss() -> None:
-    student, teacher, windows = tiny_student(**SHAPE).eval(), tiny_teacher(), text().held_out
-    found = judge(student, teacher, windows)
-    expected = student(input_ids=windows, labels=windows).loss.detach()
+    student, teacher, held_out = tiny_student(**SHAPE).eval(), tiny_teacher(), windows()[32:]
+    judge = Judge(teacher, held_out, batch_size=4)
+    found = judge(student)
+    expected = student(input_ids=held_out, labels=held_out).loss.detach()
     assert found["loss"] == pytest.approx(float(expected), rel=1e-5)
-    assert judge(teacher, teacher, windows)["kl"] == pytest.approx(0, abs=1e-6)
-    assert judge(teacher, teacher, windows)["agreement"] == 1.0
+    assert judge(teacher)["kl"] == pytest.approx(0, abs=1e-6)
+    assert judge(teacher)["agreement"] == 1.0
 
 
 def test_statistics_by_hand() -> None:
