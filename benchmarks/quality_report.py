@@ -4,16 +4,22 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from benchmarks.quality import read_records
+from benchmarks.quality_answers import (
+    BLOCKS_TRANSFER,
+    Group,
+    Groups,
+    Record,
+    answers,
+    goals_table,
+    paired,
+    progress,
+    reading,
+)
 from benchmarks.quality_plan import ABOUT_ARMS, BUDGETS, KINDS, PRIMARY_CONTRASTS
-from benchmarks.quality_statistics import Contrast, contrast, estimate, holm
+from benchmarks.quality_statistics import Contrast, estimate, holm
 from benchmarks.report import table_line
-
-Record = dict[str, Any]
-Group = dict[int, Record]
-"""The records of one arm, student and budget, by seed."""
 
 
 def write_page(results: Path, docs: Path) -> Path:
@@ -21,7 +27,13 @@ def write_page(results: Path, docs: Path) -> Path:
     docs.mkdir(parents=True, exist_ok=True)
     records = read_records(results / "arms.jsonl")
     groups = grouped(records)
-    sections = [HEAD, about_data(records)]
+    sections = [
+        HEAD,
+        about_data(records),
+        f"## How much of the plan is done\n\n{progress(records)}",
+        f"## Does block by block transfer knowledge?\n\n{answers(groups, BLOCKS_TRANSFER)}",
+        f"## The goals\n\n{goals_table(groups)}",
+    ]
     for kind in KINDS:
         found = {key: group for key, group in groups.items() if key[1] == kind}
         if found:
@@ -59,9 +71,9 @@ def about_data(records: Sequence[Record]) -> str:
     return "\n".join([intro, "", *lines])
 
 
-def grouped(records: Sequence[Record]) -> dict[tuple[str, str, str], Group]:
+def grouped(records: Sequence[Record]) -> Groups:
     """Records by (arm, kind, budget) and seed."""
-    groups: dict[tuple[str, str, str], Group] = defaultdict(dict)
+    groups: Groups = defaultdict(dict)
     for record in records:
         if record["split"] == "test":
             key = (record["arm"], record["kind"], record["budget_name"])
@@ -74,7 +86,7 @@ def values(group: Group, name: str, seeds: Sequence[int] | None = None) -> list[
     return [group[seed][name] for seed in (sorted(group) if seeds is None else seeds)]
 
 
-def arms_table(groups: dict[tuple[str, str, str], Group]) -> str:
+def arms_table(groups: Groups) -> str:
     """One line per arm and budget."""
     columns = ["budget", "arm", "test loss", "perplexity", "KL", "agreement", "gap closed"]
     lines = [table_line([*columns, "seeds", "seconds"]), table_line(["---"] * 9)]
@@ -113,17 +125,15 @@ def gap_closed(group: Group, floor: Group | None) -> str:
     return f"{(scratch - own) / (scratch - teacher):.0%}"
 
 
-def contrasts_table(groups: dict[tuple[str, str, str], Group]) -> str:
+def contrasts_table(groups: Groups) -> str:
     """The primary contrasts at every budget, with Holm's correction over all of them."""
     rows: list[tuple[list[str], Contrast]] = []
     for first, second in PRIMARY_CONTRASTS:
         for kind in KINDS:
             for budget in BUDGETS:
-                pair = groups.get((first, kind, budget)), groups.get((second, kind, budget))
-                if pair[0] is None or pair[1] is None:
+                found = paired(groups, first, second, kind, budget)
+                if found is None:
                     continue
-                seeds = sorted(set(pair[0]) & set(pair[1]))
-                found = contrast(*(values(group, "loss", seeds) for group in pair if group))
                 rows.append(([f"{first} - {second}", kind, budget], found))
     adjusted = holm([found.p_value for _, found in rows])
     head = ["contrast", "student", "budget", "difference in nats (t interval)", "BCa interval"]
@@ -136,17 +146,7 @@ def contrasts_table(groups: dict[tuple[str, str, str], Group]) -> str:
     return "\n".join(lines)
 
 
-def reading(found: Contrast) -> str:
-    """A difference in words: better is a lower loss."""
-    difference = found.difference
-    if difference.count < 3:
-        return "too few seeds"
-    if difference.low <= 0 <= difference.high:
-        return "no difference shown"
-    return "better" if difference.mean < 0 else "worse"
-
-
-def draw_budgets(groups: dict[tuple[str, str, str], Group], path: Path, kind: str) -> None:
+def draw_budgets(groups: Groups, path: Path, kind: str) -> None:
     """Draw each arm's mean loss against the budget, with its interval."""
     import matplotlib as mpl
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.quality_answers import reading
 from benchmarks.quality_plan import BUDGETS, TABLES, Run, arms
-from benchmarks.quality_report import grouped, reading, write_page
+from benchmarks.quality_report import grouped, write_page
 from benchmarks.quality_runs import Arm, Costs, Judge, StepLoader, run_arm, share_out
 from benchmarks.quality_statistics import contrast, estimate, holm
 from cleangpt.blocks import BlockStack
@@ -103,7 +104,9 @@ def test_statistics_by_hand() -> None:
     assert pair.p_value == pytest.approx(0.0010, abs=2e-4)
     assert pair.bootstrap is not None
     assert pair.bootstrap[0] < -0.5 < pair.bootstrap[1]
-    assert reading(pair) == "better"
+    assert reading(pair) == "too few seeds"
+    assert reading(contrast([1.0, 2.0, 4.0, 4.5, 5.0], [1.5, 2.6, 4.4, 5.0, 5.5])) == "better"
+    assert reading(contrast([1.0, 2.0, 4.0, 4.5, 5.0], [1.5, 1.4, 4.4, 4.0, 5.1])) != "better"
     assert holm([0.01, 0.04, 0.03, float("nan")])[:3] == pytest.approx([0.03, 0.06, 0.06])
     with pytest.raises(ValueError, match="cannot be paired"):
         contrast([1.0], [1.0, 2.0])
@@ -119,8 +122,8 @@ def test_the_page_is_written_from_the_records(tmp_path: Path) -> None:
 
     records = []
     for arm, shift in (("A0", 1.0), ("A1", 0.5), ("A3", 0.3), ("A4", 0.4), ("A5", 0.1)):
-        for seed in range(3):
-            loss = 3.5 + shift + 0.01 * seed + (0.003 * seed if arm == "A5" else 0)
+        for seed in range(1, 6):
+            loss = 3.5 + shift + (0.013 if arm == "A5" else 0.01) * (seed - 3)
             run = Run(arms()[arm], "Vanilla", "small", seed)
             records.append(
                 {
@@ -143,8 +146,12 @@ def test_the_page_is_written_from_the_records(tmp_path: Path) -> None:
     (folder / "arms.jsonl").write_text("\n".join(lines) + "\n")
     page = write_page(folder, tmp_path / "docs").read_text()
     assert "| small | A5 | 3.6" in page
-    assert "89%" in page  # A5 closes nine tenths of the way from A0 to the teacher
+    assert "90%" in page  # A5 closes nine tenths of the way from A0 to the teacher
     assert "A5 - A3" in page
     assert "better" in page
+    assert "| arms | small | 25 of " in page
+    assert "of an inherited student (A5 - A3): at the small budget they help (-0.2" in page
+    assert "| never worse than logit distillation |" not in page  # it is about another budget
+    assert "| 0.25 nats better than logit distillation | Vanilla | small | -0.4" in page
     assert (tmp_path / "docs" / "figures" / "loss_against_budget_vanilla.png").stat().st_size > 1000
     assert len(grouped(records)) == 5

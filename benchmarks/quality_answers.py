@@ -1,0 +1,162 @@
+"""The hypotheses and the goals of the study, answered in sentences from the records alone."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.quality_plan import BUDGETS, KINDS, TABLES
+from benchmarks.quality_statistics import Contrast, contrast
+from benchmarks.report import table_line
+
+Record = dict[str, Any]
+Group = dict[int, Record]
+"""The records of one arm, student and budget, by seed."""
+Groups = dict[tuple[str, str, str], Group]
+"""The same by (arm, kind, budget)."""
+
+FEWEST_SEEDS = 5
+
+
+def paired(groups: Groups, first: str, second: str, kind: str, budget: str) -> Contrast | None:
+    """The difference of two arms over the seeds both have; None where there are fewer than two."""
+    pair = [groups.get((arm, kind, budget), {}) for arm in (first, second)]
+    seeds = sorted(set(pair[0]) & set(pair[1]))
+    if len(seeds) < 2:
+        return None
+    return contrast(*([group[seed]["loss"] for seed in seeds] for group in pair))
+
+
+def reading(found: Contrast) -> str:
+    """A difference in words: better is a lower loss."""
+    difference = found.difference
+    if difference.count < FEWEST_SEEDS:
+        return "too few seeds"
+    if difference.low <= 0 <= difference.high:
+        return "no difference shown"
+    return "better" if difference.mean < 0 else "worse"
+
+
+def progress(records: Sequence[Record]) -> str:
+    """How much of the plan is done."""
+    done = {record["key"] for record in records if record["split"] == "test"}
+    lines = [table_line(["table", "budget", *KINDS]), table_line(["---"] * (2 + len(KINDS)))]
+    for name, runs in TABLES.items():
+        planned = list(runs())
+        for budget in BUDGETS:
+            cells = []
+            for kind in KINDS:
+                keys = {run.key for run in planned if (run.kind, run.budget) == (kind, budget)}
+                cells.append(f"{len(keys & done)} of {len(keys)}")
+            lines.append(table_line([name, budget, *cells]))
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a contrast asks.
+
+    Args:
+        first: The arm that is to have the lower loss.
+        second: The other one.
+        asks: The question, as the start of a sentence.
+    """
+
+    first: str
+    second: str
+    asks: str
+
+
+BLOCKS_TRANSFER = (
+    Question("A5", "A3", "Blocks before the polish of an inherited student"),
+    Question("A4", "A1", "Blocks before the polish of a random student"),
+    Question("A5", "A6", "Blocks first, rather than hidden states along with the logits"),
+    Question("A8", "A1", "The same with blocks that learnt from an untrained teacher"),
+)
+
+
+def answers(groups: Groups, questions: Sequence[Question]) -> str:
+    """One sentence per student and question: where it helps, where it hurts."""
+    lines = []
+    for kind in KINDS:
+        for question in questions:
+            found = {
+                budget: difference
+                for budget in BUDGETS
+                if (difference := paired(groups, question.first, question.second, kind, budget))
+            }
+            if found:
+                name = f"({question.first} - {question.second})"
+                parts = [_in_words(budget, each) for budget, each in found.items()]
+                lines.append(f"- **{kind}.** {question.asks} {name}: {'; '.join(parts)}.")
+    return "\n".join(lines) if lines else "No answer yet."
+
+
+def _in_words(budget: str, found: Contrast) -> str:
+    difference = found.difference
+    verdict = {
+        "better": "they help",
+        "worse": "they hurt",
+        "no difference shown": "no effect is shown",
+        "too few seeds": "there are too few seeds to say",
+    }[reading(found)]
+    return f"at the {budget} budget {verdict} ({difference} nats, {difference.count} seeds)"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A bar that was set before the runs.
+
+    Args:
+        text: What was asked for.
+        first: The arm that must do it.
+        second: Against whom.
+        budgets: Where.
+        at_most: The largest difference in nats that meets it.
+    """
+
+    text: str
+    first: str
+    second: str
+    budgets: tuple[str, ...]
+    at_most: float
+
+
+GOALS = (
+    Goal("0.25 nats better than logit distillation", "A5", "A1", ("small", "middle"), -0.25),
+    Goal("never worse than logit distillation", "A5", "A1", ("large",), 0.0),
+    Goal("0.02 nats better than inherited logit distillation", "A5", "A3", ("small",), -0.02),
+    Goal(
+        "never 0.005 nats worse than inherited logit distillation",
+        "A5",
+        "A3",
+        ("middle", "large"),
+        0.005,
+    ),
+    Goal("0.10 nats better than training from scratch", "A5", "A0", ("small", "middle"), -0.10),
+)
+
+
+def goals_table(groups: Groups) -> str:
+    """Each bar with what was measured; met where the whole interval is."""
+    head = ["goal", "student", "budget", "measured (95 % interval)", "seeds", "met"]
+    lines = [table_line(head), table_line(["---"] * len(head))]
+    for goal in GOALS:
+        for kind in KINDS:
+            for budget in goal.budgets:
+                found = paired(groups, goal.first, goal.second, kind, budget)
+                if found is None:
+                    continue
+                difference = found.difference
+                cells = [str(difference), str(difference.count), _is_met(found, goal.at_most)]
+                lines.append(table_line([goal.text, kind, budget, *cells]))
+    return "\n".join(lines)
+
+
+def _is_met(found: Contrast, at_most: float) -> str:
+    difference = found.difference
+    if math.isnan(difference.mean) or difference.count < FEWEST_SEEDS:
+        return "too few seeds"
+    if difference.high <= at_most:
+        return "yes"
+    return "not shown" if difference.low <= at_most else "no"
