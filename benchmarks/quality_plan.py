@@ -9,7 +9,7 @@ seeds for the arms of the three primary contrasts (A5 - A3, A4 - A1, A5 - A6), f
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Final
 
@@ -18,6 +18,7 @@ from benchmarks.quality_runs import Arm, Judge, run_arm
 BUDGETS: Final = {"small": 1e12, "middle": 3e12, "large": 9e12}
 """Training operations, the teacher's forward passes counted."""
 PRIMARY_SEEDS, OTHER_SEEDS = range(1, 9), range(1, 6)
+TUNING_SEED = 0
 SEQ_LEN = 128
 
 SHAPE: Final = {"block_size": SEQ_LEN, "vocab_size": 2048, "n_layer": 6, "n_head": 6, "n_embd": 96}
@@ -109,6 +110,26 @@ def arms_table() -> Iterator[Run]:
                         yield Run(arm, kind, budget, seed)
 
 
+TRIALS: Final = {
+    "A1": [{"polish_lr": rate} for rate in (1e-3, 2e-3, 4e-3)],
+    "A3": [{"polish_lr": rate} for rate in (2e-3, 4e-3, 8e-3)],
+    "A4": [{"lr_per_block": rate} for rate in (1e-3, 2e-3, 6e-3)],
+    "A5": [{"lr_per_block": 2e-3}, {"lr_per_block": 6e-3}, {"polish_lr": 4e-3}],
+}
+"""What was tried for each arm; everything else as in the arm."""
+
+
+def tuning_table() -> Iterator[Run]:
+    """The trials of learning rates, to be judged on the validation split."""
+    for kind in KINDS:
+        for name, trials in TRIALS.items():
+            for trial in trials:
+                arm = arms()[name]
+                shown = " ".join(f"{key} {value:g}" for key, value in trial.items())
+                tried = replace(arm, name=f"{name} {shown}", training=arm.training | trial)
+                yield Run(tried, kind, "small", TUNING_SEED)
+
+
 ABOUT_ARMS: Final = {
     "A0": "random start, learns the text itself: the floor",
     "A1": "random start, logit distillation of the whole student",
@@ -122,7 +143,10 @@ ABOUT_ARMS: Final = {
 }
 PRIMARY_CONTRASTS: Final = (("A5", "A3"), ("A4", "A1"), ("A5", "A6"))
 
-TABLES: Final[dict[str, Callable[[], Iterator[Run]]]] = {"arms": arms_table}
+TABLES: Final[dict[str, Callable[[], Iterator[Run]]]] = {
+    "arms": arms_table,
+    "tuning": tuning_table,
+}
 
 
 def perform(run: Run, split: str) -> dict[str, Any]:

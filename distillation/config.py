@@ -47,6 +47,8 @@ class DistillationConfig:
         stitch_start: What each stitch starts from when its block's turn comes: "random" (Xavier;
             the identity at equal widths) or "least_squares" (the best read-out of the untrained
             block).
+        train_stitches: Whether stitches learn; if not, they stay as they start, and the student
+            alone has to make its states readable through them.
         head_start: How a head that cannot be copied starts from the teacher's: "least_squares", or
             "fold" (the teacher's head through the last block's trained stitch, exactly; needs a
             student with ``final_norm="folded"``).
@@ -106,6 +108,7 @@ class DistillationConfig:
     logit_loss_weight: float = 1.0
     init_from_teacher: str = "none"
     stitch_start: str = "random"
+    train_stitches: bool = True
     head_start: str = "least_squares"
     head_tying: str = "untie"
     polish_hidden_weight: float = 0.0
@@ -187,6 +190,7 @@ class LoopOptions(TypedDict, total=False):
 
     init_from_teacher: str
     stitch_start: str
+    train_stitches: bool
     head_start: str
     head_tying: str
     polish_hidden_weight: float

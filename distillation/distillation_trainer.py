@@ -68,8 +68,8 @@ class DistillationTrainer:
         overwrite: Whether an earlier run in ``output_dir`` may be deleted.
         keep_start: Whether to save the untrained student too, in ``start/``, for comparison.
         show_progress: Whether to draw bars; None draws them on a terminal and in a notebook.
-        **options: ``init_from_teacher``, ``stitch_start``, ``head_start``, ``head_tying``,
-            ``polish_hidden_weight``, ``polish_hidden_fade``, ``audit_tokens``,
+        **options: ``init_from_teacher``, ``stitch_start``, ``train_stitches``, ``head_start``,
+            ``head_tying``, ``polish_hidden_weight``, ``polish_hidden_fade``, ``audit_tokens``,
             ``early_stop_patience``, ``overfit_gate``,
             ``gradient_accumulation_steps``, ``lr_schedule``, ``warmup_ratio``,
             ``min_lr_ratio``, ``max_nonfinite_in_a_row``, ``first_hidden_position``,
@@ -297,6 +297,7 @@ class DistillationTrainer:
                 weight,
                 backbone.config.polish_hidden_fade,
                 backbone.config.first_hidden_position,
+                backbone.config.train_stitches,
             )
 
     def _check_stages_learn(self, with_head: bool, with_polish: bool) -> None:

@@ -117,6 +117,7 @@ class HiddenTargets:
         weight: Factor on their mean.
         fade: Whether it falls linearly to zero.
         first_position: Earlier positions of each window are not compared.
+        train_stitches: Whether the projections learn too.
     """
 
     layer_map: Sequence[int]
@@ -125,6 +126,7 @@ class HiddenTargets:
     weight: float
     fade: bool
     first_position: int = 0
+    train_stitches: bool = True
 
 
 class PolishStage(HeadStage):
@@ -151,8 +153,9 @@ class PolishStage(HeadStage):
     def modules(self) -> dict[str, nn.Module]:
         """The whole student, and the stitches it is read through."""
         modules: dict[str, nn.Module] = {"student": self.student.model}
-        if self.hidden is not None and self.hidden.stitches is not None:
-            modules["stitches"] = self.hidden.stitches
+        hidden = self.hidden
+        if hidden is not None and hidden.stitches is not None and hidden.train_stitches:
+            modules["stitches"] = hidden.stitches
         return modules
 
     def compilable(self) -> list[nn.Module]:

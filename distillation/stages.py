@@ -89,6 +89,7 @@ class BlockStage(Stage):
         stitch: The projection to the teacher's width; None compares the states as they are.
         freeze_previous: Whether the blocks before it stay fixed.
         first_position: Earlier positions of each window are not compared.
+        train_stitch: Whether the stitch learns too.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class BlockStage(Stage):
         stitch: StitchingLayer | None,
         freeze_previous: bool,
         first_position: int = 0,
+        train_stitch: bool = True,
     ) -> None:
         super().__init__(f"block-{block:02d}", activations.student)
         self.block = block
@@ -110,15 +112,16 @@ class BlockStage(Stage):
         self.stitch = stitch
         self.freeze_previous = freeze_previous
         self.first_position = first_position
+        self.train_stitch = train_stitch
         self._fit = FitStatistics()
 
     def modules(self) -> dict[str, nn.Module]:
-        """The block and its stitch; with them the embeddings, and earlier blocks unless frozen."""
+        """The block, and its stitch if that learns; unless frozen, all before it and embeddings."""
         first = self.block if self.freeze_previous else 0
         found = {f"blocks.{i}": self.student.block(i) for i in range(first, self.block + 1)}
         if first == 0:
             found.update(embedding_modules(self.student))
-        if self.stitch is not None:
+        if self.stitch is not None and self.train_stitch:
             found["stitch"] = self.stitch
         return found
 

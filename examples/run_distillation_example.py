@@ -262,6 +262,7 @@ def build_trainer(
         keep_start=arguments.keep_start,
         init_from_teacher=arguments.init_from_teacher,
         stitch_start=arguments.stitch_start,
+        train_stitches=arguments.train_stitches,
         head_start=arguments.head_start,
         head_tying=arguments.head_tying,
         polish_hidden_weight=arguments.polish_hidden_weight,

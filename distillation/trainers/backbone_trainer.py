@@ -300,6 +300,7 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
             stitch=None if self.stitches is None else self.stitches[block],  # type: ignore[arg-type]
             freeze_previous=self.config.freeze_previous_blocks,
             first_position=self.config.first_hidden_position,
+            train_stitch=self.config.train_stitches,
         )
 
     def _write_row(self, stage: BlockStage, result: StageResult) -> dict[str, Any]:
@@ -324,12 +325,9 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
 
     def _new_stitches(self) -> StitchingLayers:
         torch.manual_seed(derived_seed(self.config.seed, "stitches"))
-        return StitchingLayers(
-            self.layer_map,
-            self.student.hidden_size,
-            self.teacher.hidden_size,
-            self.config.stitching_layer_bias,
-        ).to(self.device)
+        widths = self.student.hidden_size, self.teacher.hidden_size
+        stitches = StitchingLayers(self.layer_map, *widths, self.config.stitching_layer_bias)
+        return stitches.to(self.device).requires_grad_(self.config.train_stitches)
 
     def _check_widths(self) -> None:
         student, teacher = self.student.hidden_size, self.teacher.hidden_size

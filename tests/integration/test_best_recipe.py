@@ -10,6 +10,7 @@ from cleangpt.blocks import BlockStack
 from distillation import DistillationTrainer
 from distillation.losses.divergence import tempered_kl
 from distillation.recipes import RECIPES
+from stitching_layers import stitches_to_bytes
 from tests.builders import (
     BLOCKS,
     STUDENTS,
@@ -69,6 +70,32 @@ def test_stitches_start_as_the_best_read_out_of_the_untrained_block(tmp_path: Pa
 
     fitted, random = first_loss("fitted", "least_squares"), first_loss("random", "random")
     assert fitted < 0.97 < 1.0 < random  # the mean predictor has 1
+
+
+@pytest.mark.parametrize("polished", [False, True])
+def test_fixed_stitches_stay_as_they_start(tmp_path: Path, polished: bool) -> None:
+    def train(name: str, epochs: int, *, learn: bool) -> tuple[bytes, dict[str, Any]]:
+        trainer = DistillationTrainer(
+            tiny_teacher(),
+            tiny_student(),
+            None,
+            batches(),
+            output_dir=tmp_path / name,
+            distill_loss_type="nmse",
+            train_stitches=learn,
+            polish_hidden_weight=float(polished),
+        )
+        results = trainer.train(
+            epochs, 1e-2, lm_head_epochs=0, polish_epochs=int(polished and epochs > 0)
+        )
+        assert trainer.backbone_trainer.stitches is not None
+        return stitches_to_bytes(trainer.backbone_trainer.stitches), results
+
+    start, _ = train("start", 0, learn=True)
+    fixed, results = train("fixed", 3, learn=False)
+    assert fixed == start
+    assert all(row["last_loss"] < row["first_loss"] for row in results["blocks"])
+    assert train("learning", 3, learn=True)[0] != start
 
 
 def test_a_stitch_without_bias_is_fitted_too(tmp_path: Path) -> None:

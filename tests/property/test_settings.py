@@ -40,6 +40,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "hidden_state_pictures": st.booleans(),
     "seed": st.integers(0, 2**31),
     "init_from_teacher": st.sampled_from(["none", "pca", "slice", "layers"]),
+    "train_stitches": st.booleans(),
     "stitch_start": st.sampled_from(["random", "least_squares"]),
     "head_start": st.sampled_from(["least_squares", "fold"]),
     "head_tying": st.sampled_from(["untie", "tie"]),
@@ -64,6 +65,7 @@ NEGATIVES = {
     "use_stitching_layers": "no_stitching_layers",
     "stitching_layer_bias": "no_stitching_layer_bias",
     "freeze_previous_blocks": "no_freeze_previous_blocks",
+    "train_stitches": "no_train_stitches",
     "polish_hidden_fade": "no_polish_hidden_fade",
     "overfit_gate": "no_overfit_gate",
 }
