@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.quality_plan import BUDGETS, KINDS, TABLES
+from benchmarks.quality_plan import BUDGETS, HEAD_SHARES, KINDS, TABLES, WIDTHS
 from benchmarks.quality_statistics import Contrast, contrast
 from benchmarks.report import table_line
 
@@ -75,6 +75,36 @@ BLOCKS_TRANSFER = (
 )
 
 
+STITCHES_BRIDGE = (
+    Question("A5 random, fixed", "A3", "Blocks through fixed random stitches"),
+    Question("A5 fitted, fixed", "A3", "Blocks through fixed fitted stitches"),
+    Question("A5 random, trained", "A3", "Blocks through trained stitches that start at random"),
+    Question("A5", "A5 fitted, fixed", "Training fitted stitches"),
+    Question("A5", "A5 random, trained", "Fitting stitches before their training"),
+    *(
+        Question(f"A5 {width} wide", f"A3 {width} wide", f"Blocks at a width of {width}")
+        for width in WIDTHS
+    ),
+    Question("A5 unstitched", "A3 unstitched", "Blocks of a student that needs no stitch"),
+    Question("A5", "A5 unstitched", "Six narrow blocks, rather than one that needs no stitch"),
+)
+HEAD_IMPROVES = tuple(
+    Question(
+        f"A5 {name} head {share:.0%}",
+        "A5" if name == "fitted" else f"A5 {name} head 0%",
+        f"A head phase of {share:.0%}, {about}",
+    )
+    for name, about in {
+        "fitted": "from the fitted head",
+        "random": "from a random head",
+        "tied": "with a tied head",
+        "mse": "with MSE on logits",
+        "ce": "with cross-entropy",
+    }.items()
+    for share in (HEAD_SHARES if name in ("fitted", "random") else (0.2,))
+)
+
+
 def answers(groups: Groups, questions: Sequence[Question]) -> str:
     """One sentence per student and question: where it helps, where it hurts."""
     lines = []
@@ -95,12 +125,12 @@ def answers(groups: Groups, questions: Sequence[Question]) -> str:
 def _in_words(budget: str, found: Contrast) -> str:
     difference = found.difference
     verdict = {
-        "better": "they help",
-        "worse": "they hurt",
-        "no difference shown": "no effect is shown",
-        "too few seeds": "there are too few seeds to say",
+        "better": "a gain",
+        "worse": "a loss",
+        "no difference shown": "no effect shown",
+        "too few seeds": "too few seeds to say",
     }[reading(found)]
-    return f"at the {budget} budget {verdict} ({difference} nats, {difference.count} seeds)"
+    return f"{budget} budget, {verdict} ({difference} nats, {difference.count} seeds)"
 
 
 @dataclass(frozen=True)

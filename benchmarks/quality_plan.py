@@ -110,6 +110,69 @@ def arms_table() -> Iterator[Run]:
                         yield Run(arm, kind, budget, seed)
 
 
+STITCH_VARIANTS: Final[dict[str, dict[str, Any]]] = {
+    "random, trained": {"stitch_start": "random"},
+    "random, fixed": {"stitch_start": "random", "train_stitches": False},
+    "fitted, fixed": {"train_stitches": False},
+}
+WIDTHS: Final = (48, 144)
+UNSTITCHED: Final = {**SHAPE, "n_layer": 1, "n_embd": 192}
+"""The student of the teacher's width with the nearest number of parameters: 1.26M, not 1.07M."""
+
+
+def stitches_table() -> Iterator[Run]:
+    """A5 through other stitches, A5 and A3 over the width, and a student that needs no stitch."""
+    known = arms()
+    for seed in OTHER_SEEDS:
+        for kind in KINDS:
+            for name, options in STITCH_VARIANTS.items():
+                arm = replace(known["A5"], name=f"A5 {name}", options={**NMSE, **options})
+                yield Run(arm, kind, "small", seed)
+            for width in WIDTHS:
+                for name in ("A3", "A5"):
+                    arm = replace(known[name], name=f"{name} {width} wide")
+                    yield Run(arm, kind, "small", seed, {**SHAPE, "n_embd": width})
+            for name in ("A3", "A5"):
+                options = {**known[name].options, "use_stitching_layers": False}
+                arm = replace(known[name], name=f"{name} unstitched", options=options)
+                yield Run(arm, kind, "small", seed, dict(UNSTITCHED))
+
+
+HEAD_SHARES: Final = (0.05, 0.2, 0.5, 1.0)
+"""Of what the blocks leave."""
+HEAD_VARIANTS: Final[dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
+    "fitted": ({}, {}),
+    "random": ({}, {"initialize_head_from_teacher": False}),
+    "tied": ({"head_tying": "tie"}, {}),
+    "mse": ({"logit_loss_type": "mse"}, {}),
+    "ce": ({"logit_loss_type": "ce"}, {}),
+}
+"""Options of the trainer and of ``train``, against A5's: KL, untied, fitted."""
+
+
+def heads_table() -> Iterator[Run]:
+    """A5 with a head phase of its own: by its share, start, tying and loss."""
+    a5 = arms()["A5"]
+    left = 1 - a5.blocks
+    for seed in OTHER_SEEDS:
+        for kind in KINDS:
+            for name, (options, training) in HEAD_VARIANTS.items():
+                shares = HEAD_SHARES if name in ("fitted", "random") else (0.2,)
+                for share in shares if name == "fitted" else (0.0, *shares):
+                    yield Run(
+                        replace(
+                            a5,
+                            name=f"A5 {name} head {share:.0%}",
+                            head=left if share == 1 else round(left * share, 4),
+                            options={**a5.options, **options},
+                            training={**a5.training, "lm_head_lr": 1e-3, **training},
+                        ),
+                        kind,
+                        "small",
+                        seed,
+                    )
+
+
 TRIALS: Final = {
     "A1": [{"polish_lr": rate} for rate in (1e-3, 2e-3, 4e-3)],
     "A3": [{"polish_lr": rate} for rate in (2e-3, 4e-3, 8e-3)],
@@ -145,6 +208,8 @@ PRIMARY_CONTRASTS: Final = (("A5", "A3"), ("A4", "A1"), ("A5", "A6"))
 
 TABLES: Final[dict[str, Callable[[], Iterator[Run]]]] = {
     "arms": arms_table,
+    "stitches": stitches_table,
+    "heads": heads_table,
     "tuning": tuning_table,
 }
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from benchmarks.quality import read_records
 from benchmarks.quality_answers import (
     BLOCKS_TRANSFER,
+    HEAD_IMPROVES,
+    STITCHES_BRIDGE,
     Group,
     Groups,
     Record,
@@ -17,7 +19,7 @@ from benchmarks.quality_answers import (
     progress,
     reading,
 )
-from benchmarks.quality_plan import ABOUT_ARMS, BUDGETS, KINDS, PRIMARY_CONTRASTS
+from benchmarks.quality_plan import ABOUT_ARMS, BUDGETS, KINDS, PRIMARY_CONTRASTS, TABLES
 from benchmarks.quality_statistics import Contrast, estimate, holm
 from benchmarks.report import table_line
 
@@ -25,13 +27,17 @@ from benchmarks.report import table_line
 def write_page(results: Path, docs: Path) -> Path:
     """Write ``results.md`` and its figures from all files of records; return its path."""
     docs.mkdir(parents=True, exist_ok=True)
-    records = read_records(results / "arms.jsonl")
-    groups = grouped(records)
+    by_table = {name: read_records(results / f"{name}.jsonl") for name in TABLES}
+    arms_records = by_table["arms"]
+    records = [record for found in by_table.values() for record in found]
+    groups, everything = grouped(arms_records), grouped(records)
     sections = [
         HEAD,
-        about_data(records),
+        about_data(arms_records),
         f"## How much of the plan is done\n\n{progress(records)}",
-        f"## Does block by block transfer knowledge?\n\n{answers(groups, BLOCKS_TRANSFER)}",
+        f"## H1: does block by block transfer knowledge?\n\n{answers(groups, BLOCKS_TRANSFER)}",
+        f"## H2: do stitches bridge widths?\n\n{answers(everything, STITCHES_BRIDGE)}",
+        f"## H3: does a head phase of its own help?\n\n{answers(everything, HEAD_IMPROVES)}",
         f"## The goals\n\n{goals_table(groups)}",
     ]
     for kind in KINDS:
@@ -42,6 +48,11 @@ def write_page(results: Path, docs: Path) -> Path:
             draw_budgets(found, docs / "figures" / name, kind)
             sections.append(f"## {kind}\n\n{arms_table(found)}\n\n![{kind}](figures/{name})")
     sections.append("## Contrasts\n\n" + contrasts_table(groups))
+    sections += [
+        f"## {title}\n\n{arms_table(grouped(by_table[name]))}"
+        for name, title in (("stitches", "Students by stitch"), ("heads", "Students by head phase"))
+        if by_table[name]
+    ]
     path = docs / "results.md"
     path.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
     return path
@@ -88,8 +99,17 @@ def values(group: Group, name: str, seeds: Sequence[int] | None = None) -> list[
 
 def arms_table(groups: Groups) -> str:
     """One line per arm and budget."""
-    columns = ["budget", "arm", "test loss", "perplexity", "KL", "agreement", "gap closed"]
-    lines = [table_line([*columns, "seeds", "seconds"]), table_line(["---"] * 9)]
+    columns = [
+        "budget",
+        "arm",
+        "student",
+        "test loss",
+        "perplexity",
+        "KL",
+        "agreement",
+        "gap closed",
+    ]
+    lines = [table_line([*columns, "seeds", "seconds"]), table_line(["---"] * 10)]
     for budget in BUDGETS:
         for (arm, kind, name), group in sorted(groups.items()):
             if name != budget:
@@ -101,6 +121,7 @@ def arms_table(groups: Groups) -> str:
                     [
                         budget,
                         arm,
+                        kind,
                         str(loss),
                         f"{math.exp(loss.mean):.1f}",
                         f"{estimate(values(group, 'kl')).mean:.3f}",

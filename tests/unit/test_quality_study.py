@@ -145,12 +145,12 @@ def test_the_page_is_written_from_the_records(tmp_path: Path) -> None:
     lines = [json.dumps(record) for record in records]
     (folder / "arms.jsonl").write_text("\n".join(lines) + "\n")
     page = write_page(folder, tmp_path / "docs").read_text()
-    assert "| small | A5 | 3.6" in page
+    assert "| small | A5 | Vanilla | 3.6" in page
     assert "90%" in page  # A5 closes nine tenths of the way from A0 to the teacher
     assert "A5 - A3" in page
     assert "better" in page
     assert "| arms | small | 25 of " in page
-    assert "of an inherited student (A5 - A3): at the small budget they help (-0.2" in page
+    assert "of an inherited student (A5 - A3): small budget, a gain (-0.2" in page
     assert "| never worse than logit distillation |" not in page  # it is about another budget
     assert "| 0.25 nats better than logit distillation | Vanilla | small | -0.4" in page
     assert (tmp_path / "docs" / "figures" / "loss_against_budget_vanilla.png").stat().st_size > 1000
