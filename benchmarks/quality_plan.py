@@ -79,6 +79,14 @@ def arms(kind: str = "Vanilla") -> dict[str, Arm]:
         Arm(name="A6", **inherited, options=together, training={"polish_lr": rates.inherited}),
         replace(best, name="A7", blocks=1.0),
         replace(best, name="A8", untrained_start=True),
+        Arm(
+            name="T",
+            blocks=0.75,
+            head=0.25,
+            head_phase=True,
+            options={"logit_loss_temperature": 2.0},
+            training={"lr_per_block": 1e-3, "lm_head_lr": 1e-4},
+        ),
     ]
     return {arm.name: arm for arm in found}
 
@@ -109,7 +117,7 @@ class Run:
 
 
 def arms_table() -> Iterator[Run]:
-    """Arms A0 to A8 at three budgets."""
+    """Arms A0 to A8, and the tutorial's recipe, at three budgets."""
     for seed in PRIMARY_SEEDS:
         for kind in KINDS:
             for budget in BUDGETS:
@@ -221,6 +229,7 @@ ABOUT_ARMS: Final = {
     "A6": "inherited start, hidden states and logits together throughout",
     "A7": "inherited start, blocks and closed-form head only",
     "A8": "A5 up to its polish with an untrained teacher, then polish with the real one",
+    "T": "the tutorial's recipe: blocks by MSE on raw states, then the head by KL at temperature 2",
 }
 PRIMARY_CONTRASTS: Final = (("A5", "A3"), ("A4", "A1"), ("A5", "A6"))
 
