@@ -18,9 +18,21 @@ Groups = dict[tuple[str, str, str], Group]
 FEWEST_SEEDS = 5
 
 
-def paired(groups: Groups, first: str, second: str, kind: str, budget: str) -> Contrast | None:
-    """The difference of two arms over the seeds both have; None where there are fewer than two."""
-    pair = [groups.get((arm, kind, budget), {}) for arm in (first, second)]
+def paired(
+    groups: Groups, first: str, second: str, kind: str, budget: str, against: str | None = None
+) -> Contrast | None:
+    """The difference of two arms over the seeds both have; None where there are fewer than two.
+
+    Args:
+        groups: All records.
+        first: The arm whose loss counts.
+        second: The arm whose loss is subtracted.
+        kind: Kind of student.
+        budget: Of both arms, or of the first.
+        against: Budget of the second, if it is another.
+    """
+    keys = (first, kind, budget), (second, kind, budget if against is None else against)
+    pair = [groups.get(key, {}) for key in keys]
     seeds = sorted(set(pair[0]) & set(pair[1]))
     if len(seeds) < 2:
         return None
@@ -39,11 +51,11 @@ def reading(found: Contrast) -> str:
 
 def progress(records: Sequence[Record]) -> str:
     """How much of the plan is done."""
-    done = {record["key"] for record in records if record["split"] == "test"}
+    done = {record["key"] for record in records}
     lines = [table_line(["table", "budget", *KINDS]), table_line(["---"] * (2 + len(KINDS)))]
     for name, runs in TABLES.items():
         planned = list(runs())
-        for budget in BUDGETS:
+        for budget in dict.fromkeys(run.budget for run in planned):
             cells = []
             for kind in KINDS:
                 keys = {run.key for run in planned if (run.kind, run.budget) == (kind, budget)}
@@ -143,6 +155,7 @@ class Goal:
         second: Against whom.
         budgets: Where.
         at_most: The largest difference in nats that meets it.
+        against: Budget of the second arm, if it is another.
     """
 
     text: str
@@ -150,6 +163,7 @@ class Goal:
     second: str
     budgets: tuple[str, ...]
     at_most: float
+    against: str | None = None
 
 
 GOALS = (
@@ -163,6 +177,21 @@ GOALS = (
         ("middle", "large"),
         0.005,
     ),
+    *(
+        Goal(f"logit distillation's loss at the {more} budget", "A5", "A1", (less,), 0.0, more)
+        for less, more in (("small", "middle"), ("middle", "large"))
+    ),
+    *(
+        Goal(
+            f"inherited logit distillation's loss at the {more} budget",
+            "A5",
+            "A3",
+            (f"two thirds of {more}",),
+            0.0,
+            more,
+        )
+        for more in ("middle", "large")
+    ),
     Goal("better than the tutorial's recipe", "A5", "T", ("small", "middle", "large"), 0.0),
     Goal("0.10 nats better than training from scratch", "A5", "A0", ("small", "middle"), -0.10),
 )
@@ -175,7 +204,7 @@ def goals_table(groups: Groups) -> str:
     for goal in GOALS:
         for kind in KINDS:
             for budget in goal.budgets:
-                found = paired(groups, goal.first, goal.second, kind, budget)
+                found = paired(groups, goal.first, goal.second, kind, budget, goal.against)
                 if found is None:
                     continue
                 difference = found.difference

@@ -18,6 +18,7 @@ from benchmarks.quality_runs import Arm, Judge, run_arm
 
 BUDGETS: Final = {"small": 1e12, "middle": 3e12, "large": 9e12}
 """Training operations, the teacher's forward passes counted."""
+SHORTENED: Final = {"two thirds of middle": 2e12, "two thirds of large": 6e12}
 PRIMARY_SEEDS, OTHER_SEEDS = range(1, 9), range(1, 6)
 TUNING_SEED = 0
 SEQ_LEN = 128
@@ -125,6 +126,14 @@ def arms_table() -> Iterator[Run]:
                     primary = name in ("A1", "A3", "A4", "A5", "A6")
                     if seed in OTHER_SEEDS or primary:
                         yield Run(arm, kind, budget, seed)
+
+
+def efficiency_table() -> Iterator[Run]:
+    """A5 with two thirds of what A3 has in the main table."""
+    for seed in OTHER_SEEDS:
+        for kind in KINDS:
+            for budget in SHORTENED:
+                yield Run(arms(kind)["A5"], kind, budget, seed)
 
 
 STITCH_VARIANTS: Final[dict[str, dict[str, Any]]] = {
@@ -235,6 +244,7 @@ PRIMARY_CONTRASTS: Final = (("A5", "A3"), ("A4", "A1"), ("A5", "A6"))
 
 TABLES: Final[dict[str, Callable[[], Iterator[Run]]]] = {
     "arms": arms_table,
+    "efficiency": efficiency_table,
     "stitches": stitches_table,
     "heads": heads_table,
     "tuning": tuning_table,
@@ -250,7 +260,7 @@ def perform(run: Run, split: str) -> dict[str, Any]:
         judge=builtin_judge(split),
         kind=run.kind,
         shape=run.shape,
-        budget=BUDGETS[run.budget],
+        budget={**BUDGETS, **SHORTENED}[run.budget],
         seed=run.seed,
     ) | {"budget_name": run.budget}
 

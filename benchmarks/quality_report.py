@@ -38,7 +38,7 @@ def write_page(results: Path, docs: Path) -> Path:
         f"## H1: does block by block transfer knowledge?\n\n{answers(groups, BLOCKS_TRANSFER)}",
         f"## H2: do stitches bridge widths?\n\n{answers(everything, STITCHES_BRIDGE)}",
         f"## H3: does a head phase of its own help?\n\n{answers(everything, HEAD_IMPROVES)}",
-        f"## The goals\n\n{goals_table(groups)}",
+        f"## The goals\n\n{goals_table(everything)}",
     ]
     for kind in KINDS:
         found = {key: group for key, group in groups.items() if key[1] == kind}

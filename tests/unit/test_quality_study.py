@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.quality_answers import reading
-from benchmarks.quality_plan import BUDGETS, TABLES, Run, arms
+from benchmarks.quality_plan import BUDGETS, SHORTENED, TABLES, Run, arms
 from benchmarks.quality_report import grouped, write_page
 from benchmarks.quality_runs import Arm, Costs, Judge, StepLoader, run_arm, share_out
 from benchmarks.quality_statistics import contrast, estimate, holm
@@ -116,6 +116,7 @@ def test_runs_have_names_of_their_own() -> None:
     keys = [run.key for table in TABLES.values() for run in table()]
     assert len(keys) == len(set(keys))
     assert {run.budget for run in TABLES["arms"]()} == set(BUDGETS)
+    assert {run.budget for run in TABLES["efficiency"]()} == set(SHORTENED)
 
 
 def test_the_page_is_written_from_the_records(tmp_path: Path) -> None:
