@@ -65,7 +65,7 @@ which goes on where it was stopped; `python -m benchmarks.quality report` writes
 records in `benchmarks/results/quality/`. The plan was committed before the runs
 (`benchmarks/quality_plan.py`). Losses are nats per token on the built-in test text, mean over seeds
 with a 95 % interval (Student's t). Equal budget means equal training operations, the teacher's
-forward passes counted as the library executes them; seconds are of two cores and vary with what
+forward passes counted as the library executes them; seconds are of one thread and vary with what
 else runs there."""
 
 

@@ -237,6 +237,30 @@ class BaseDistillationTrainer:
             raise AssertionError(f"{name} changed tensors it does not train.")
         return [loop.result for loop in loops]
 
+    def write_logit_row(self, kind: str, result: StageResult, rate: str) -> dict[str, Any]:
+        """Write down what a stage on logits did, and say so.
+
+        Args:
+            kind: "head" or "polish".
+            result: What it did.
+            rate: The name of its learning rate, for when that was too high.
+        """
+        row = result.row()
+        self.run.metrics.write(kind, **row)
+        self.run.add_stage(row)
+        if not result.epoch_losses:
+            return row
+        shown = (row[k] for k in ("first_loss", "best_loss", "last_loss", "seconds"))
+        logger.info("%s: first loss %.4g, best %.4g, last %.4g, %.1f s", kind.capitalize(), *shown)
+        losses = result.validation_losses or [result.first_loss, result.last_loss]
+        if losses[-1] > losses[0]:
+            outcome = "" if result.kept_epochs is None else "; the best weights were kept"
+            logger.warning(
+                "The %s ended at a higher loss (%.4g) than it began with (%.4g)%s. Lower %s.",
+                *(kind, losses[-1], losses[0], outcome, rate),
+            )
+        return row
+
     def steps_per_epoch(self) -> int:
         """Optimizer steps of one pass over the data.
 

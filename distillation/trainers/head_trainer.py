@@ -166,17 +166,10 @@ class HeadDistillationTrainer(BaseDistillationTrainer):
         stage = HeadStage(
             self.activations, self.logit_loss_fn, loss_weight=self.config.logit_loss_weight
         )
-        row = self.train_stage(stage, settings).row()
-        self.run.metrics.write("head", **row)
-        self.run.add_stage(row)
+        result = self.train_stage(stage, settings)
         if settings.epochs == 0:
             logger.info("The head stays as it starts: no epoch of its own was asked for.")
-            return row
-        logger.info(
-            "Head: first loss %.4g, best %.4g, last %.4g, %.1f s",
-            *(row[k] for k in ("first_loss", "best_loss", "last_loss", "seconds")),
-        )
-        return row
+        return self.write_logit_row("head", result, "lm_head_lr")
 
     def _start_from_teacher(self) -> None:
         self.teacher_model.eval()

@@ -157,11 +157,4 @@ class PolishDistillationTrainer(BaseDistillationTrainer):
         finally:
             if states is not self.activations:
                 states.forget()
-        row = result.row()
-        self.run.metrics.write("polish", **row)
-        self.run.add_stage(row)
-        logger.info(
-            "Polish: first loss %.4g, best %.4g, last %.4g, %.1f s",
-            *(row[k] for k in ("first_loss", "best_loss", "last_loss", "seconds")),
-        )
-        return row
+        return self.write_logit_row("polish", result, "polish_lr")

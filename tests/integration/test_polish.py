@@ -136,3 +136,12 @@ def test_kept_teacher_states_change_nothing(tmp_path: Path, cache: str) -> None:
 
     reference, other = run("disk", "disk"), run(cache, cache)
     assert unchanged(reference, other) == set(reference)
+
+
+@pytest.mark.parametrize("rate", [1.0, 1e-3])
+def test_a_rate_that_is_too_high_is_named(
+    tmp_path: Path, rate: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    polish_trainer(tmp_path, tiny_student()).train_polish(1, rate)
+    said = "ended at a higher loss" in caplog.text and "Lower polish_lr" in caplog.text
+    assert said == (rate == 1.0)
