@@ -83,10 +83,12 @@ BLOCKS_TRANSFER = (
     Question("A5", "A3", "Blocks before the polish of an inherited student"),
     Question("A4", "A1", "Blocks before the polish of a random student"),
     Question("A5", "A6", "Blocks first, rather than hidden states along with the logits"),
-    Question("A8", "A1", "The same with blocks that learnt from an untrained teacher"),
+    Question(
+        "A8",
+        "A1",
+        "Blocks that learnt from an untrained teacher, before the polish with the real one",
+    ),
 )
-
-
 STITCHES_BRIDGE = (
     Question("A5 random, fixed", "A3", "Blocks through fixed random stitches"),
     Question("A5 fitted, fixed", "A3", "Blocks through fixed fitted stitches"),
@@ -136,13 +138,7 @@ def answers(groups: Groups, questions: Sequence[Question]) -> str:
 
 def _in_words(budget: str, found: Contrast) -> str:
     difference = found.difference
-    verdict = {
-        "better": "a gain",
-        "worse": "a loss",
-        "no difference shown": "no effect shown",
-        "too few seeds": "too few seeds to say",
-    }[reading(found)]
-    return f"{budget} budget, {verdict} ({difference} nats, {difference.count} seeds)"
+    return f"{reading(found)} at the {budget} budget ({difference} nats, {difference.count} seeds)"
 
 
 @dataclass(frozen=True)
@@ -198,8 +194,15 @@ GOALS = (
 
 
 def goals_table(groups: Groups) -> str:
-    """Each bar with what was measured; met where the whole interval is."""
-    head = ["goal", "student", "budget", "measured (95 % interval)", "seeds", "met"]
+    """Each bar with the default recipe's loss less the other's; met where the whole interval is."""
+    head = [
+        "goal",
+        "student",
+        "budget",
+        "A5 less the other, in nats (95 % interval)",
+        "seeds",
+        "met",
+    ]
     lines = [table_line(head), table_line(["---"] * len(head))]
     for goal in GOALS:
         for kind in KINDS:

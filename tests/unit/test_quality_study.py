@@ -151,7 +151,7 @@ def test_the_page_is_written_from_the_records(tmp_path: Path) -> None:
     assert "A5 - A3" in page
     assert "better" in page
     assert "| arms | small | 25 of " in page
-    assert "of an inherited student (A5 - A3): small budget, a gain (-0.2" in page
+    assert "of an inherited student (A5 - A3): better at the small budget (-0.2" in page
     assert "| never worse than logit distillation |" not in page  # it is about another budget
     assert "| 0.25 nats better than logit distillation | Vanilla | small | -0.4" in page
     assert (tmp_path / "docs" / "figures" / "loss_against_budget_vanilla.png").stat().st_size > 1000
