@@ -23,6 +23,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from cleangpt.errors import InputError
+from cleangpt.structure import find_blocks, find_final_norm, first_output
 
 TokenIds = Int[Tensor, "batch seq"]
 Mask = Shaped[Tensor, "batch seq"]
@@ -59,7 +60,7 @@ class BlockStack:
         self.model = cast("Any", model)
         # Models that also see or hear keep the language model's sizes in a configuration inside.
         self._config: Any = self.model.config.get_text_config()
-        self._blocks = _find_blocks(model, int(self._config.num_hidden_layers), blocks_path)
+        self._blocks = find_blocks(model, int(self._config.num_hidden_layers), blocks_path)
         self.num_blocks = len(self._blocks)
         self.hidden_size = int(self._config.hidden_size)
         parameters = inspect.signature(type(model).forward).parameters
@@ -104,7 +105,13 @@ class BlockStack:
         if isinstance(self.model, ReadsHiddenStates):
             norm: nn.Module = cast("Any", self.model).final_norm
             return norm
-        return self._find_final_norm()
+        ids = self.probe_ids()
+        return find_final_norm(
+            self.model,
+            self.block(self.num_blocks - 1),
+            self.lm_head,
+            lambda: self.model(**self._arguments(ids, None)),
+        )
 
     def block(self, index: int) -> nn.Module:
         """The module of block ``index``."""
@@ -229,10 +236,10 @@ class BlockStack:
             states.append(_first_input(args, kwargs))
 
         def keep_output(module: nn.Module, args: Any, output: Any) -> None:
-            states.append(_first_output(output))
+            states.append(first_output(output))
 
         def stop(module: nn.Module, args: Any, output: Any) -> None:
-            states.append(_first_output(output))
+            states.append(first_output(output))
             raise _StopForward
 
         handles = list(hooks)
@@ -276,7 +283,9 @@ class BlockStack:
     @contextmanager
     def _bypassed(self, count: int, state: Tensor) -> Iterator[None]:
         """Make the first ``count`` blocks return ``state`` without computing anything."""
-        result: Any = (state,) if self._returns_tuple else state
+        count_returned = self._tuple_length
+        # The rest of a tuple (weights, indices, caches) is for blocks that do not run.
+        result: Any = (state, *[None] * (count_returned - 1)) if count_returned else state
 
         def return_state(*args: Any, **kwargs: Any) -> Any:
             return result
@@ -296,12 +305,12 @@ class BlockStack:
                     block.forward = forward
 
     @cached_property
-    def _returns_tuple(self) -> bool:
-        """Whether a block returns a tuple (some families) or a tensor (most)."""
-        seen: list[bool] = []
+    def _tuple_length(self) -> int:
+        """How many things a block returns in a tuple (some families); 0 is a tensor (most)."""
+        seen: list[int] = []
 
         def look(module: nn.Module, args: Any, output: Any) -> None:
-            seen.append(isinstance(output, tuple))
+            seen.append(len(output) if isinstance(output, (tuple, list)) else 0)
             raise _StopForward
 
         hook = self.block(0).register_forward_hook(look)
@@ -313,88 +322,8 @@ class BlockStack:
         """Two token ids, enough to watch a forward pass."""
         return torch.zeros((1, 2), dtype=torch.long, device=self.device)
 
-    def _find_final_norm(self) -> nn.Module:
-        """Watch one forward pass for the module that maps last block output to head input."""
-        calls: list[tuple[nn.Module, Tensor, Tensor]] = []
-        ends: dict[str, Tensor] = {}
-
-        def record(module: nn.Module, args: Any, output: Any) -> None:
-            if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
-                calls.append((module, args[0], output))
-
-        def record_last_block(module: nn.Module, args: Any, output: Any) -> None:
-            ends["block"] = _first_output(output)
-
-        def record_head(module: nn.Module, args: Any, output: Any) -> None:
-            ends["head"] = args[0]
-
-        handles = [m.register_forward_hook(record) for m in self.model.modules()]
-        handles.append(self.block(self.num_blocks - 1).register_forward_hook(record_last_block))
-        handles.append(self.lm_head.register_forward_hook(record_head))
-        try:
-            with torch.no_grad():
-                self.model(**self._arguments(self.probe_ids(), None))
-        finally:
-            for handle in handles:
-                handle.remove()
-        # The tensors are kept alive until here, so equal addresses mean the same memory. Addresses
-        # and not identity: models reshape or slice (a view) between the norm and the head.
-        found = [
-            module
-            for module, given, made in calls
-            if given.data_ptr() == ends["block"].data_ptr()
-            and made.data_ptr() == ends["head"].data_ptr()
-        ]
-        if not found:
-            raise InputError(
-                f"No single module of {type(self.model).__name__} maps the last block's output"
-                " to the head's input.",
-                "Such a model cannot be distilled: it needs a final norm between blocks and head.",
-            )
-        return found[-1]
-
 
 def _first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The hidden state among a block's arguments: the first, or the keyword all families use."""
     state: Tensor = args[0] if args else kwargs["hidden_states"]
     return state
-
-
-def _first_output(output: Any) -> Tensor:
-    """A block's raw output: some families return it first in a tuple."""
-    state: Tensor = output[0] if isinstance(output, tuple) else output
-    return state
-
-
-def _find_blocks(model: nn.Module, num_layers: int, blocks_path: str | None) -> nn.ModuleList:
-    """The outermost ``ModuleList`` as long as the config's layer count."""
-    if blocks_path is not None:
-        found = dict(model.named_modules()).get(blocks_path)
-        if isinstance(found, nn.ModuleList):
-            return found
-        raise InputError(
-            f"blocks_path={blocks_path!r} is not a ModuleList of {type(model).__name__}.",
-            f"ModuleLists there are: {', '.join(_module_lists(model)) or 'none'}.",
-        )
-    candidates = {
-        name: module for name, module in _module_lists(model).items() if len(module) == num_layers
-    }
-    outermost = {
-        name: module
-        for name, module in candidates.items()
-        if not any(name.startswith(f"{other}.") for other in candidates)
-    }
-    if len(outermost) == 1:
-        return next(iter(outermost.values()))
-    raise InputError(
-        f"{len(outermost)} lists of {num_layers} blocks found in {type(model).__name__}"
-        f" (looked for one ModuleList of length config.num_hidden_layers={num_layers});"
-        f" candidates: {', '.join(outermost or _module_lists(model)) or 'none'}.",
-        "Name the right one with blocks_path, or use a decoder-only transformer.",
-    )
-
-
-def _module_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
-    return {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)
-    }

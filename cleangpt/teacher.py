@@ -108,6 +108,8 @@ def _check_architecture(config: Any, source: TeacherSource) -> None:
         found = "a model without a causal language-model class"
     elif heads and all(head.endswith(_NOT_CAUSAL_HEADS) for head in heads):
         found = f"an encoder ({', '.join(heads)})"
+    elif known and not _has_attention(config):
+        found = "a state-space or recurrent model (no num_attention_heads in its configuration)"
     else:
         return
     raise InputError(
@@ -115,6 +117,11 @@ def _check_architecture(config: Any, source: TeacherSource) -> None:
         f"found model_type {config.model_type!r}.",
         f"Give {TEACHER_FLAG} a causal language model, such as a GPT-2, Llama, Qwen or OPT one.",
     )
+
+
+def _has_attention(config: Any) -> bool:
+    text = config.get_text_config()
+    return "num_attention_heads" in {*text.to_dict(), *getattr(text, "attribute_map", {})}
 
 
 def _read_model(source: TeacherSource, config: Any, dtype: torch.dtype) -> PreTrainedModel:

@@ -2,9 +2,36 @@
 
 from typing import Any
 
+import torch
+
 from cleangpt.blocks import BlockStack
 from cleangpt.errors import InputError, UsageError
+from cleangpt.runtime.module_state import preserved_modes
 from distillation.batch import Batch
+
+
+@torch.no_grad()
+def check_structure(stack: BlockStack) -> None:
+    """Refuse a model whose parts cannot be told apart before hours are spent on its blocks.
+
+    Raises:
+        InputError: If no final norm is found, or blocks pass on something other than states of
+            shape [batch, seq, d_model], such as several parallel streams.
+    """
+    if stack.device.type == "meta":  # a plan's outline computes nothing to look at
+        return
+    with preserved_modes(stack.model):
+        stack.model.eval()
+        stack.final_norm  # noqa: B018 - found by looking
+        ids = stack.probe_ids()
+        state = stack.hidden(stack.embed(ids))
+    expected = (*ids.shape, stack.hidden_size)
+    if tuple(state.shape) != expected:
+        raise InputError(
+            f"The blocks of {type(stack.model).__name__} pass on states of shape"
+            f" {list(state.shape)}; looked for [batch, seq, d_model], here {list(expected)}.",
+            "Such a model cannot be distilled: it needs one stream of the model's own width.",
+        )
 
 
 def check_vocabulary(teacher: BlockStack, student: BlockStack, tokenizer: Any) -> None:

@@ -31,7 +31,7 @@ from distillation.activations import Activations
 from distillation.batch import Batch, as_batch
 from distillation.cache_plan import positions_in
 from distillation.config import DistillationConfig, StageSettings
-from distillation.preflight import check_batch, check_vocabulary
+from distillation.preflight import check_batch, check_structure, check_vocabulary
 from distillation.stages import Stage
 from distillation.trainers.stage_loop import (
     StageLoop,
@@ -94,6 +94,8 @@ class BaseDistillationTrainer:
         self.activations = Activations(self.teacher, self.student, 0)
         self.precision = choose_precision(config.precision, self.device, self.student.hidden_size)
         self.progress = RunProgress(1)
+        for stack in (self.teacher, self.student):
+            check_structure(stack)
         check_vocabulary(self.teacher, self.student, tokenizer)
         if config.early_stop_patience and validation_dataloader is None:
             raise UsageError(

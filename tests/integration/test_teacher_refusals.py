@@ -99,6 +99,14 @@ def test_encoder_decoders_are_refused(tmp_path: Path) -> None:
     assert "model_type 't5'" in error.cause
 
 
+def test_state_space_models_are_refused(tmp_path: Path) -> None:
+    config = transformers.MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2)
+    error = refusal(save(tmp_path / "mamba", transformers.MambaForCausalLM(config)))
+    assert "is a state-space or recurrent model (no num_attention_heads" in error.cause
+    assert "looked for a decoder-only causal language model" in error.cause
+    assert "Llama" in error.remedy
+
+
 def test_a_model_without_its_head(tmp_path: Path) -> None:
     name = save(tmp_path / "base", transformers.LlamaModel(CONFIGS["llama"]()))
     assert "lacks 1 weights" in refusal(name).cause

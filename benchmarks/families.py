@@ -1,0 +1,252 @@
+"""Every family of causal language models that transformers ships, as a tiny teacher, tried out.
+
+A family is built small from its configuration, saved and loaded as any teacher is, looked at block
+by block, and distilled: blocks, head and polish. What is measured is on random weights: whether a
+family's structure is understood, not whether a good student comes of it. ``teachers`` makes the
+page of it.
+"""
+
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from cleangpt.blocks import BlockStack
+from cleangpt.errors import CleanGPTError
+from cleangpt.teacher import Teacher, load_teacher
+from config_distillation import GPTConfig
+from distillation import DistillationTrainer
+from distillation.preflight import check_structure
+from model import build_student
+
+FAMILIES: Final = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+MOST_PARAMETERS = 40_000_000
+"""Families that stay larger than this when all of the fields below are small are not tried."""
+SMALL: Final[dict[str, Any]] = {
+    "vocab_size": 2048,
+    "hidden_size": 32,
+    "d_model": 32,
+    "num_hidden_layers": 3,
+    "decoder_layers": 3,
+    "num_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 48,
+    "ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "d_ff": 48,
+    "max_position_embeddings": 64,
+    "is_decoder": True,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "word_embed_proj_dim": 32,
+    "embedding_size": 32,
+    "rotary_dim": 4,
+    "multi_query": False,
+    "sliding_window": 8,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_k": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_d_state": 8,
+    "state_size": 8,
+    "vocab_size_per_layer_input": 2048,
+    "hidden_size_per_layer_input": 8,
+    "num_kv_shared_layers": 0,
+    "laurel_rank": 4,
+    "altup_num_inputs": 2,
+    "n_mels": 8,
+}
+"""Taken by every family that has a field of that name."""
+LATENT_ATTENTION: Final = (
+    *("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite"),
+    *("glm_moe_dsa", "longcat_flash", "minicpm3", "youtu"),
+)
+OWN: Final[dict[str, dict[str, Any]]] = {
+    **{family: {"num_key_value_heads": 4, "head_dim": 4} for family in LATENT_ATTENTION},
+    "bamba": {"attn_layer_indices": [1]},
+    "gpt_neo": {"num_hidden_layers": 4, "attention_types": [[["global", "local"], 2]]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
+    "mamba2": {"num_heads": 8, "head_dim": 8},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid", "mamba"]},
+}
+"""What single families need besides."""
+READ_ONLY: Final = {"falcon": ("head_dim",), "xlstm": ("v_head_dim",)}
+"""Names that a family computes from others."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What became of one family.
+
+    Args:
+        family: Its ``model_type``.
+        verdict: "works", "refused" (with our words), "fails" or "not tried".
+        remark: Why, or what is not as usual; may be empty.
+        logits: Largest difference between the model's logits and those from the last block's state
+            on, as a share of the largest logit.
+        advance: The same for a block run alone against the whole pass.
+        padding: The same for states of a padded window against the unpadded one, the worse side.
+    """
+
+    family: str
+    verdict: str
+    remark: str = ""
+    logits: float | None = None
+    advance: float | None = None
+    padding: float | None = None
+
+
+def tiny_config(family: str) -> Any:
+    """A configuration of the family with three small blocks."""
+    text = AutoConfig.for_model(family).get_text_config()
+    known = {*text.to_dict(), *getattr(type(text), "attribute_map", {})}
+    small = {key: value for key, value in SMALL.items() if key in known or hasattr(text, key)}
+    small |= OWN.get(family, {})
+    for name in READ_ONLY.get(family, ()):
+        small.pop(name)
+    return type(text)(**small)
+
+
+def tiny_model(family: str) -> Any:
+    """A random model of the family; weights three times as large as usual, so that blocks act.
+
+    Raises:
+        ValueError: If the family cannot be built small.
+    """
+    config = tiny_config(family)
+    with torch.device("meta"):
+        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    if size > MOST_PARAMETERS:
+        raise ValueError(f"its smallest form here has {size:,} parameters")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(3.0)
+    return model.eval()
+
+
+def try_family(family: str) -> Finding:
+    """Build, save, load, take apart and distil one family."""
+    with quiet(), tempfile.TemporaryDirectory() as folder:
+        try:
+            model = tiny_model(family)
+            model.save_pretrained(folder)
+        except Exception as error:  # its configuration has other rules than we know
+            return Finding(family, "not tried", f"cannot be built small: {one_line(error)}")
+        load_teacher("builtin").tokenizer.save_pretrained(folder)
+        try:
+            teacher = load_teacher(folder)
+            stack = BlockStack(teacher.model)
+            check_structure(stack)
+            measured = look_inside(stack)
+            distil(teacher, Path(folder) / "run")
+        except CleanGPTError as error:
+            cause = error.cause.replace(f"teacher {folder}", "it").replace(folder, "it")
+            return Finding(family, "refused", cause)
+        except Exception as error:  # a model that needs more than tokens
+            return Finding(family, "fails", one_line(error))
+    remark = "" if measured["padding"] < 1e-4 else "windows without padding only"
+    return Finding(family, "works", remark, **measured)
+
+
+@torch.no_grad()
+def look_inside(stack: BlockStack) -> dict[str, float]:
+    """The three differences of a :class:`Finding`."""
+    ids = torch.randint(3, 99, (2, 12), generator=torch.Generator().manual_seed(0))
+    logits, states = stack.logits(ids), stack.block_states(ids)
+    moved = [stack.advance(i, states[i], ids) for i in range(stack.num_blocks)]
+    padding = []
+    for side in ("left", "right"):
+        padded, mask = (pad(each, fill, side) for each, fill in ((ids, 5), (ids * 0 + 1, 0)))
+        state = stack.block_states(padded, mask)[-1]
+        state = state[:, 3:] if side == "left" else state[:, :-3]
+        padding.append(difference(state, states[-1]))
+    return {
+        "logits": difference(stack.logits_of(states[-1], ids), logits),
+        "advance": max(map(difference, moved, states[1:])),
+        "padding": max(padding),
+    }
+
+
+def pad(rows: Tensor, fill: int, side: str) -> Tensor:
+    """Three more columns on one side."""
+    columns = torch.full((len(rows), 3), fill)
+    return torch.cat((columns, rows) if side == "left" else (rows, columns), dim=1)
+
+
+def difference(one: Tensor, other: Tensor) -> float:
+    """The largest difference as a share of the largest value."""
+    return float((one - other).abs().max() / other.abs().max())
+
+
+def distil(teacher: Teacher, folder: Path) -> None:
+    """Blocks, head and polish, two batches each.
+
+    Raises:
+        CleanGPTError: As a real run would.
+    """
+    vocab = BlockStack(teacher.model).vocab_size
+    config = GPTConfig(vocab_size=vocab, n_layer=2, n_head=2, n_embd=16, block_size=16, dropout=0.0)
+    student = build_student(config)
+    ids = torch.randint(3, 99, (2, 4, 12), generator=torch.Generator().manual_seed(1))
+    loader = [{"input_ids": rows, "attention_mask": torch.ones_like(rows)} for rows in ids]
+    trainer = DistillationTrainer(
+        teacher.model,
+        student,
+        teacher.tokenizer,
+        loader,
+        output_dir=folder,
+        distill_loss_type="nmse",
+        precision="fp32",
+        show_progress=False,
+    )
+    trainer.train(epochs_per_block=1, lr_per_block=1e-3, polish_epochs=1)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Neither the libraries' advice nor our own log."""
+    log = transformers.utils.logging
+    level = log.get_verbosity()
+    log.set_verbosity_error()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            log.set_verbosity(level)
+
+
+def one_line(error: Exception) -> str:
+    """An error's kind and first line, shortened."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:120]}"
