@@ -80,9 +80,11 @@ class Question:
 
 
 BLOCKS_TRANSFER = (
-    Question("A5", "A3", "Blocks before the polish of an inherited student"),
+    Question("A5", "A3", "Blocks, and hidden states fading in the polish, of an inherited student"),
     Question("A4", "A1", "Blocks before the polish of a random student"),
-    Question("A5", "A6", "Blocks first, rather than hidden states along with the logits"),
+    Question("A5", "A6", "Blocks first, rather than the same polish for the whole budget"),
+    Question("A6", "A3", "Hidden states in the polish of an inherited student, without blocks"),
+    Question("A5 logits alone", "A3", "Blocks, then logits alone, of an inherited student"),
     Question(
         "A8",
         "A1",

@@ -10,6 +10,7 @@ from cleangpt.errors import UsageError
 from cleangpt.runtime.precision import PRECISIONS
 from cleangpt.schedules import SCHEDULES
 from distillation.cache_plan import CACHES, STATE_DTYPES
+from distillation.layer_map import LAYER_MAPS, LayerMap
 from distillation.losses import DistillationLoss, LogitDistillationLoss
 
 BLOCK_SCHEDULES = ("sequential", "parallel_local")
@@ -36,6 +37,9 @@ class DistillationConfig:
         schedule: "sequential" trains one block after the other; "parallel_local" trains all of them
             in one pass over the data, each on what the blocks before it make of a batch at that
             moment, with no gradient between blocks.
+        layer_map: Which teacher block each student block learns from: "uniform", "first", "last",
+            or their indices; see :func:`~distillation.layer_map.choose_layer_map`.
+        blocks: The student blocks that learn, by index; the others stay as they are. None is all.
         logit_loss_type: Loss on logits, "kl_div", "mse" or "ce".
         logit_loss_temperature: Temperature of "kl_div" and "ce", > 0.
         logit_loss_weight: Factor on the logit loss, >= 0, relative to the hidden-state loss. It
@@ -103,6 +107,8 @@ class DistillationConfig:
     stitching_layer_bias: bool = True
     freeze_previous_blocks: bool = True
     schedule: str = "sequential"
+    layer_map: LayerMap = "uniform"
+    blocks: Sequence[int] | None = None
     logit_loss_type: str = "kl_div"
     logit_loss_temperature: float = 2.0
     logit_loss_weight: float = 1.0
@@ -157,6 +163,11 @@ class DistillationConfig:
                 self.activation_cache_gb is None or positive(self.activation_cache_gb),
                 "above 0",
             ),
+            (
+                "layer_map",
+                self.layer_map in LAYER_MAPS if isinstance(self.layer_map, str) else True,
+                f"one of {', '.join(LAYER_MAPS)}, or the teacher block of each student block",
+            ),
             ("distill_loss_temperature", positive(self.distill_loss_temperature), "above 0"),
             ("logit_loss_temperature", positive(self.logit_loss_temperature), "above 0"),
             ("logit_loss_weight", not_negative(self.logit_loss_weight), "0 or more"),
@@ -209,6 +220,8 @@ class LoopOptions(TypedDict, total=False):
     activation_dtype: str
     keep_activations: bool
     schedule: str
+    layer_map: LayerMap
+    blocks: Sequence[int] | None
     precision: str
     compile_blocks: bool
     hidden_state_pictures: bool

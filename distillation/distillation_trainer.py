@@ -74,8 +74,8 @@ class DistillationTrainer:
             ``gradient_accumulation_steps``, ``lr_schedule``, ``warmup_ratio``,
             ``min_lr_ratio``, ``max_nonfinite_in_a_row``, ``first_hidden_position``,
             ``activation_cache``, ``activation_cache_gb``, ``activation_dtype``,
-            ``keep_activations``, ``schedule``, ``precision``, ``compile_blocks``,
-            ``hidden_state_pictures``, ``seed``: see
+            ``keep_activations``, ``schedule``, ``layer_map``, ``blocks``, ``precision``,
+            ``compile_blocks``, ``hidden_state_pictures``, ``seed``: see
             :class:`~distillation.config.DistillationConfig`.
 
     Raises:
@@ -216,7 +216,10 @@ class DistillationTrainer:
         epochs = spread("epochs_per_block", epochs_per_block, backbone.student.num_blocks)
         return plan_training(
             backbone,
-            [int(str(e)) for e in epochs],
+            [
+                int(str(own)) if block in backbone.learning_blocks else 0
+                for block, own in enumerate(epochs)
+            ],
             lm_head_epochs if train_lm_head else None,
             polish_epochs,
         )

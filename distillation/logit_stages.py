@@ -165,11 +165,15 @@ class PolishStage(HeadStage):
     def loss(self, batch: Batch) -> Float[Tensor, ""]:
         """Return the weighted logit loss plus the weighted mean of the blocks' hidden losses."""
         if self.hidden is None:
-            last = self.student.state_entering(self.student.num_blocks, batch.input_ids, batch.mask)
-            return self.logit_loss(batch, last)
+            return self.held_out_loss(batch)
         states = self.student.block_states(batch.input_ids, batch.mask)
         weight = self.hidden.weight * (1 - self.progress if self.hidden.fade else 1.0)
         return self.logit_loss(batch, states[-1]) + weight * self._hidden_loss(batch, states[1:])
+
+    def held_out_loss(self, batch: Batch) -> Float[Tensor, ""]:
+        """The logit loss alone: the weight of the hidden states' may change from epoch to epoch."""
+        last = self.student.state_entering(self.student.num_blocks, batch.input_ids, batch.mask)
+        return self.logit_loss(batch, last)
 
     def _hidden_loss(self, batch: Batch, states: Sequence[Tensor]) -> Tensor:
         assert self.hidden is not None

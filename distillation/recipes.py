@@ -57,6 +57,8 @@ BEST: Final = Recipe(
         "logit_loss_temperature": 1.0,
         "init_from_teacher": "pca",
         "stitch_start": "least_squares",
+        "polish_hidden_weight": 30.0,
+        "polish_hidden_fade": True,
         "early_stop_patience": 2,
         "overfit_gate": True,
     },

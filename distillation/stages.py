@@ -49,6 +49,10 @@ class Stage(ABC):
     def loss(self, batch: Batch) -> Float[Tensor, ""]:
         """Return the mean loss over the batch's valid positions, with its graph."""
 
+    def held_out_loss(self, batch: Batch) -> Float[Tensor, ""]:
+        """The loss that tells a good epoch from a better one, on data not trained on."""
+        return self.loss(batch)
+
     def count(self, batch: Batch) -> int:
         """The positions the loss of a batch is a mean over."""
         return batch.num_valid

@@ -15,6 +15,7 @@ from cleangpt.cli import (
     positive_int,
     probability,
 )
+from cleangpt.errors import UsageError
 from config_distillation import MODEL_TYPES
 from distillation.recipes import RECIPES, TUTORIAL
 
@@ -24,6 +25,8 @@ PROGRAM = "examples.run_distillation_example"
 Row = tuple[str, Callable[[str], Any], Any, str]
 
 VALIDATION_TOKENS = 20_000
+HF_STUDENT = "hf"
+LAYER_MAPS = ("uniform", "first", "last")
 PER_BLOCK = "; one value, or one per block as 1e-3,5e-4"
 STUDENT_SWITCHES = {
     "bias": "biases in the blocks' linear maps and norms",
@@ -144,12 +147,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """
     arguments = build_parser().parse_args(argv)
     named = _named_flags(argv)
+    _check_student_flags(arguments, named)
     chosen = arguments.recipe or ("tutorial" if named & _method_flags() else "best")
     values = recipe_flags(chosen)
     arguments.recipe = chosen
     for name, value in values.items():
         if name not in named:
             setattr(arguments, name, value)
+    if arguments.start_student and "init_from_teacher" not in named:
+        arguments.init_from_teacher = "none"  # it starts as it is
     own = sorted(named & _method_flags() - {"recipe"})
     logger.info(
         "Recipe %s: %s. %s",
@@ -158,6 +164,26 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         f"Named by flags: {', '.join(own)}." if own else "No flag changes it.",
     )
     return arguments
+
+
+def _check_student_flags(arguments: argparse.Namespace, named: set[str]) -> None:
+    """Refuse flags of a student's shape where something else decides it."""
+    is_hf = arguments.student_model_type == HF_STUDENT
+    if is_hf != bool(arguments.student_config) and not arguments.start_student:
+        raise UsageError(
+            "--student_model_type hf and --student_config go together; one of them is missing.",
+            "Give both, such as --student_model_type hf --student_config llama.json, or neither.",
+        )
+    shape = sorted(n for n in named if n.startswith("student_") and n != "student_model_type")
+    if arguments.start_student:
+        decides, idle = "--start_student", [n for n in named if n.startswith("student_")]
+    else:
+        decides, idle = "--student_config", [n for n in shape if n != "student_config"] * is_hf
+    if idle:
+        raise UsageError(
+            f"{decides} decides the student, so --{', --'.join(sorted(idle))} would do nothing.",
+            f"Leave them out, or leave out {decides}.",
+        )
 
 
 def recipe_flags(name: str) -> dict[str, Any]:
@@ -180,6 +206,31 @@ def _named_flags(argv: Sequence[str] | None) -> set[str]:
     for action in parser._actions:
         action.default = argparse.SUPPRESS
     return set(vars(parser.parse_args(argv)))
+
+
+def layer_map(text: str) -> str | list[int]:
+    """The type of ``--layer_map``: a name, or indices."""
+    if text in LAYER_MAPS:
+        return text
+    if not all(part.strip().isdecimal() for part in text.split(",")):
+        known = ", ".join(LAYER_MAPS)
+        raise argparse.ArgumentTypeError(f"{text!r} is not {known}, nor blocks such as 1,3,5")
+    return [int(part) for part in text.split(",")]
+
+
+def block_ranges(text: str) -> list[int]:
+    """The type of ``--blocks``: indices and ranges of them, as 0,3-5."""
+    found: list[int] = []
+    for part in text.split(","):
+        ends = part.strip().split("-")
+        if (
+            len(ends) > 2
+            or not all(end.isdecimal() for end in ends)
+            or int(ends[0]) > int(ends[-1])
+        ):
+            raise argparse.ArgumentTypeError(f"{text!r} is not blocks such as 3-5 or 0,2")
+        found += range(int(ends[0]), int(ends[-1]) + 1)
+    return found
 
 
 def _add_rows(parser: CommandParser, rows: Sequence[Row]) -> None:
@@ -208,13 +259,37 @@ def _add_model_flags(parser: CommandParser) -> None:
         action="store_true",
         help="let code inside the teacher's folder run (default: off)",
     )
-    _add_choice(parser, "student_model_type", MODEL_TYPES, "Vanilla", "kind of student")
+    kinds = (*MODEL_TYPES, HF_STUDENT)
+    meaning = "kind of student; hf is any causal LM of transformers, see --student_config"
+    _add_choice(parser, "student_model_type", kinds, "Vanilla", meaning)
+    add(
+        "--student_config",
+        metavar="DIR_OR_JSON",
+        help="of an hf student: a folder, whose weights it starts from if it has any, or a JSON"
+        " file of its configuration (default: none)",
+    )
+    add(
+        "--start_student",
+        metavar="PATH",
+        help="go on with a student that exists: a run's folder, a .pt file, a HuggingFace folder"
+        " (default: a new one)",
+    )
     add("--student_n_layer", type=positive_int, help="blocks (default: as many as the teacher)")
     add("--student_n_embd", type=positive_int, help="width (default: half of the teacher's)")
     add("--student_n_head", type=positive_int, help="heads (default: the teacher's)")
     _add_rows(parser, [("student_dropout", probability, 0.0, "dropout rate while training")])
     for name, text in STUDENT_SWITCHES.items():
         add(f"--student_{name}", action="store_true", help=f"{text} (default: off)")
+    add(
+        "--layer_map",
+        type=layer_map,
+        default="uniform",
+        metavar="MAP",
+        help="which teacher block each student block learns from: uniform (spread, last to last),"
+        " first, last, or one per student block as 1,3,5 (default: uniform)",
+    )
+    meaning = "student blocks that learn, as 3-5 or 0,2; others stay (default: all)"
+    add("--blocks", type=block_ranges, metavar="BLOCKS", help=meaning)
 
 
 def _add_data_flags(parser: CommandParser) -> None:

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from cleangpt.cli import run_command, setup_logging
 from examples.distillation_data import build_dataloader, validation_dataloader
-from examples.distillation_flags import STUDENT_SWITCHES, build_parser, parse_arguments
+from examples.distillation_flags import HF_STUDENT, build_parser, parse_arguments
+from examples.distillation_student import build_student
 
 if TYPE_CHECKING:
     from torch import nn
 
     from cleangpt.data import DistillationDataCollator, TextDataset
     from cleangpt.teacher import Teacher
-    from config_distillation import GPTConfig
     from distillation import DistillationTrainer
     from distillation.plan import RunPlan
 
@@ -147,7 +147,7 @@ def prepare(arguments: argparse.Namespace) -> "tuple[DistillationTrainer, nn.Mod
         trust_remote_code=arguments.trust_remote_code,
     )
     with torch.device("meta") if arguments.plan else contextlib.nullcontext():
-        student = build_student(arguments, teacher)
+        student = build_student(arguments, teacher, get_model_class)
     loader = build_dataloader(arguments, source, teacher)
     held_out = None
     if arguments.validation_tokens and not arguments.plan:
@@ -163,71 +163,6 @@ def plan(trainer: "DistillationTrainer", arguments: argparse.Namespace) -> "RunP
         arguments.lm_head_epochs,
         arguments.polish_epochs,
     )
-
-
-def build_student(arguments: argparse.Namespace, teacher: "Teacher") -> "nn.Module":
-    """Build the student the flags describe, for this teacher.
-
-    Raises:
-        UsageError: If the flags do not describe a student.
-    """
-    import torch
-
-    config = student_config(arguments, teacher)
-    torch.manual_seed(arguments.seed)
-    student: nn.Module = get_model_class(arguments.student_model_type)(config=config)
-    for name in ("bos_token_id", "eos_token_id"):
-        for settings in (student.config, student.generation_config):
-            setattr(settings, name, getattr(teacher.tokenizer, name))
-    logger.info(
-        "Student: %s, %d blocks of width %d, %s parameters; the teacher has %s",
-        arguments.student_model_type,
-        config.n_layer,
-        config.n_embd,
-        f"{sum(p.numel() for p in student.parameters()):,}",
-        f"{sum(p.numel() for p in teacher.model.parameters()):,}",
-    )
-    return student
-
-
-def student_config(arguments: argparse.Namespace, teacher: "Teacher") -> "GPTConfig":
-    """The student's architecture; what no flag says follows from the teacher.
-
-    Raises:
-        UsageError: If the flags do not describe a student.
-    """
-    from cleangpt.blocks import BlockStack
-    from cleangpt.errors import UsageError
-    from config_distillation import GPTConfig
-
-    stack = BlockStack(teacher.model)
-    n_head = arguments.student_n_head or teacher.model.config.get_text_config().num_attention_heads
-    # Half of the teacher's width, rounded to heads of an even size.
-    half = max(1, round(stack.hidden_size / (4 * n_head))) * 2 * n_head
-    if stack.context_length is not None and arguments.block_size > stack.context_length:
-        raise UsageError(
-            f"--block_size {arguments.block_size} exceeds the teacher's context of"
-            f" {stack.context_length}.",
-            f"Pass --block_size {stack.context_length} or less.",
-        )
-    switches = {name: getattr(arguments, f"student_{name}") for name in STUDENT_SWITCHES}
-    try:
-        return GPTConfig(
-            block_size=arguments.block_size,
-            vocab_size=stack.vocab_size,
-            n_layer=arguments.student_n_layer or stack.num_blocks,
-            n_head=n_head,
-            n_embd=arguments.student_n_embd or half,
-            dropout=arguments.student_dropout,
-            padding_idx=teacher.tokenizer.pad_token_id,
-            model_type=arguments.student_model_type,
-            output_hidden_states=True,
-            teacher_n_embd=stack.hidden_size,
-            **switches,
-        )
-    except ValueError as error:
-        cause = str(error).splitlines()[0]
-        raise UsageError(cause, "Change the --student_... flags named above.") from error
 
 
 def build_trainer(
@@ -281,6 +216,8 @@ def build_trainer(
         activation_dtype=arguments.activation_dtype,
         keep_activations=arguments.keep_activations,
         schedule=arguments.schedule,
+        layer_map=arguments.layer_map,
+        blocks=arguments.blocks,
         precision=arguments.precision,
         compile_blocks=arguments.compile_blocks,
         hidden_state_pictures=arguments.hidden_state_pictures,
@@ -313,7 +250,9 @@ def evaluation_command(arguments: argparse.Namespace, student_path: str) -> str:
     import shlex
 
     words = ["python", "-m", "distillation.evaluation.evaluate_distilled_model"]
-    words += ["--model_path", student_path, "--model_type", arguments.student_model_type]
+    words += ["--model_path", student_path]
+    if not arguments.start_student and arguments.student_model_type != HF_STUDENT:
+        words += ["--model_type", arguments.student_model_type]
     words += ["--teacher_model_name", arguments.teacher_model_name_or_path]
     if arguments.teacher_revision:
         words += ["--teacher_revision", arguments.teacher_revision]

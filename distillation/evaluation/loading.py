@@ -139,18 +139,33 @@ def _load_pt(path: Path, model_type: str | None) -> tuple[nn.Module, str]:
     saved_type = str(saved["model_type"])
     class_name = saved["metadata"].get("model_class")
     student_class = _student_class(saved_type, class_name, model_type, path)
-    if student_class is None:
-        raise InputError(
-            f"{path} holds a student of type {saved_type!r}, which is not registered.",
-            f"Enter its class in model.STUDENTS; known: {', '.join(sorted(students.STUDENTS))}.",
-        )
-    student = student_class(student_class.config_class.from_dict(saved["config"]))
+    if student_class is not None:
+        student = student_class(student_class.config_class.from_dict(saved["config"]))
+    else:
+        student = _stock_model(saved_type, class_name, saved["config"], path)
     load_checkpoint(path, student)
     step, total = saved["metadata"].get("step"), saved["metadata"].get("total_steps")
     label = saved_type
     if step is not None and total is not None and step < total:
         label += f" (step {step} of {total})"
     return student, label
+
+
+def _stock_model(
+    saved_type: str, class_name: str | None, config: dict[str, Any], path: Path
+) -> nn.Module:
+    """A student whose class comes with transformers, with weights still to be loaded."""
+    import transformers
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+
+    if saved_type in CONFIG_MAPPING and hasattr(transformers, str(class_name)):
+        known = AutoConfig.for_model(**config)
+        if type(known) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+            return AutoModelForCausalLM.from_config(known, dtype=torch.float32)
+    raise InputError(
+        f"{path} holds a student of type {saved_type!r}, which is not registered.",
+        f"Enter its class in model.STUDENTS; known: {', '.join(sorted(students.STUDENTS))}.",
+    )
 
 
 def _student_class(

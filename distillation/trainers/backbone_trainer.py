@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -22,7 +23,7 @@ from distillation.config import (
     StageSettings,
     block_settings,
 )
-from distillation.layer_map import uniform_layer_map
+from distillation.layer_map import choose_blocks, choose_layer_map
 from distillation.losses import DistillationLoss
 from distillation.passing_states import PassingStates
 from distillation.pictures import save_hidden_state_picture
@@ -116,7 +117,9 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
         self.hidden_state_loss_fn: Loss = DistillationLoss(
             distill_loss_type, distill_loss_temperature
         )
-        self.layer_map = uniform_layer_map(self.student.num_blocks, self.teacher.num_blocks)
+        sizes = self.student.num_blocks, self.teacher.num_blocks
+        self.layer_map = choose_layer_map(config.layer_map, *sizes)
+        self.learning_blocks = choose_blocks(config.blocks, self.student.num_blocks)
         self.stitches: StitchingLayers | None = None
         self.stitches_are_stale = False
         self.audit: TeacherAudit | None = None
@@ -162,13 +165,17 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
     ) -> list[StageSettings]:
         """Check the data and the arguments of :meth:`train_backbone`, before a run starts."""
         self.steps_per_epoch()
-        return block_settings(
+        settings = block_settings(
             self.student.num_blocks,
             epochs_per_block=epochs_per_block,
             lr_per_block=lr_per_block,
             wd_per_block=wd_per_block,
             max_grad_norm_per_block=max_grad_norm_per_block,
         )
+        return [
+            own if block in self.learning_blocks else replace(own, epochs=0)
+            for block, own in enumerate(settings)
+        ]
 
     def prepare(self) -> None:
         """Measure the teacher, start the student from it, and make the stitches; done once."""
@@ -196,8 +203,8 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
         return loss_fn.at_level(statistics.to(self.device))
 
     def stages(self, activations: Activations) -> list[BlockStage]:
-        """One stage per block."""
-        return [self._stage(block, activations) for block in range(self.student.num_blocks)]
+        """One stage per block that learns."""
+        return [self._stage(block, activations) for block in sorted(self.learning_blocks)]
 
     @torch.no_grad()
     def last_read_out(self) -> StitchingLayer | None:
@@ -264,7 +271,8 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
             rows = self._train_together(settings)
         else:
             rows = [self._train_block(block, settings[block]) for block in range(len(settings))]
-        self.stitches_are_stale = standardises(self.hidden_state_loss_fn)
+        fitted = len(self.learning_blocks) < len(rows)
+        self.stitches_are_stale = fitted or standardises(self.hidden_state_loss_fn)
         self.write_stitches()
         return rows
 
@@ -275,7 +283,7 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
 
     def _train_together(self, settings: list[StageSettings]) -> list[dict[str, Any]]:
         states = PassingStates(self.activations, self.layer_map)
-        stages = self.stages(states)
+        stages = [self._stage(block, states) for block in range(self.student.num_blocks)]
         for stage in stages:
             self._start_stitch(stage)
         try:
@@ -285,7 +293,8 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
         return [self._write_row(*done) for done in zip(stages, results, strict=True)]
 
     def _start_stitch(self, stage: BlockStage) -> None:
-        if self.config.stitch_start == "least_squares":
+        # A block that does not learn is read out as well as it can be.
+        if self.config.stitch_start == "least_squares" or stage.block not in self.learning_blocks:
             self.teacher_model.eval()
             self.student_model.eval()
             with self.precision.autocast(self.device):

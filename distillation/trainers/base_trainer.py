@@ -330,7 +330,7 @@ class BaseDistillationTrainer:
                 count = loop.stage.count(batch)
                 if count:
                     with self.precision.autocast(self.device):
-                        sums[index] += float(loop.stage.loss(batch)) * count
+                        sums[index] += float(loop.stage.held_out_loss(batch)) * count
                     counts[index] += count
         for loop, total, count in zip(loops, sums, counts, strict=True):
             loop.keep_best(total / max(1, count), self.run)

@@ -8,6 +8,7 @@ from hypothesis import given, settings, strategies as st
 
 from cleangpt.runtime.precision import PRECISIONS
 from distillation.config import BLOCK_SCHEDULES, CACHES, DistillationConfig
+from distillation.layer_map import LAYER_MAPS
 from distillation.losses import DistillationLoss
 from examples.distillation_flags import build_parser
 
@@ -34,6 +35,10 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "activation_dtype": st.sampled_from(["fp32", "bf16"]),
     "keep_activations": st.booleans(),
     "schedule": st.sampled_from(BLOCK_SCHEDULES),
+    "layer_map": st.one_of(
+        st.sampled_from(LAYER_MAPS), st.lists(st.integers(0, 99), min_size=1, max_size=9)
+    ),
+    "blocks": st.one_of(st.none(), st.lists(st.integers(0, 99), min_size=1, max_size=9)),
     "precision": st.sampled_from(PRECISIONS),
     "compile_blocks": st.booleans(),
     "log_interval": st.integers(1, 999),
@@ -87,10 +92,14 @@ def test_json_round_trip(values: dict[str, Any]) -> None:
 def test_flags_parse_back(values: dict[str, Any]) -> None:
     flags: list[str] = []
     for name, value in values.items():
+        if value is None:
+            continue
         if value is False:
             flags += [f"--{NEGATIVES[name]}"] if name in NEGATIVES else []
         elif value is True:
             flags.append(f"--{name}")
+        elif isinstance(value, list):
+            flags += [f"--{name}", ",".join(map(str, value))]
         else:
             flags += [f"--{name}", repr(value).strip("'")]
     parsed = build_parser().parse_args(flags)

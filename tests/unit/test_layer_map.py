@@ -4,7 +4,12 @@ import pytest
 from hypothesis import given, strategies as st
 
 from cleangpt.errors import UsageError
-from distillation.layer_map import uniform_layer_map
+from distillation.layer_map import (
+    LAYER_MAPS,
+    choose_blocks,
+    choose_layer_map,
+    uniform_layer_map,
+)
 
 
 @given(student=st.integers(1, 40), extra=st.integers(0, 60))
@@ -26,3 +31,38 @@ def test_impossible_depths_are_refused(student: int, teacher: int) -> None:
     with pytest.raises(UsageError, match=f"{student} blocks and the teacher {teacher}") as error:
         uniform_layer_map(student, teacher)
     assert "n_layer between 1 and 4" in error.value.remedy
+
+
+def test_named_maps_are_the_two_ends() -> None:
+    assert choose_layer_map("first", 3, 8) == (0, 1, 2)
+    assert choose_layer_map("last", 3, 8) == (5, 6, 7)
+    assert choose_layer_map("uniform", 3, 8) == uniform_layer_map(3, 8)
+    assert {choose_layer_map(name, 4, 4) for name in LAYER_MAPS} == {(0, 1, 2, 3)}
+
+
+def test_a_map_of_ones_own() -> None:
+    assert choose_layer_map([0, 2, 7], 3, 8) == (0, 2, 7)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "cause"),
+    [
+        ([0, 1], "it has 2 entries for 3 student blocks"),
+        ([0, 1, 8], r"the teacher's blocks are 0 to 7, and it names \[8\]"),
+        ([-1, 1, 2], r"names \[-1\]"),
+        ([0, 2, 2], "its entries do not rise"),
+        ([2, 1, 5], "its entries do not rise"),
+    ],
+)
+def test_bad_maps_are_refused_with_one_that_fits(wanted: list[int], cause: str) -> None:
+    with pytest.raises(UsageError, match=cause) as error:
+        choose_layer_map(wanted, 3, 8)
+    assert "such as 2,4,7" in error.value.remedy
+
+
+def test_blocks_that_learn() -> None:
+    assert choose_blocks(None, 3) == {0, 1, 2}
+    assert choose_blocks([2, 0], 3) == {0, 2}
+    for wanted in ([3], [-1], []):
+        with pytest.raises(UsageError, match="The student's blocks are 0 to 2"):
+            choose_blocks(wanted, 3)

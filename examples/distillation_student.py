@@ -1,0 +1,141 @@
+"""The student a command line describes: one of ours, a HuggingFace one, or one that exists."""
+
+import argparse
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from examples.distillation_flags import HF_STUDENT, STUDENT_SWITCHES
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from cleangpt.teacher import Teacher
+    from config_distillation import GPTConfig
+
+logger = logging.getLogger(__name__)
+
+
+def build_student(
+    arguments: argparse.Namespace, teacher: "Teacher", get_model_class: Callable[[str], Any]
+) -> "nn.Module":
+    """Build or load the student the flags describe, for this teacher.
+
+    Args:
+        arguments: The parsed flags.
+        teacher: Gives vocabulary, special tokens, and what no flag says.
+        get_model_class: Gives the class of a kind of student.
+
+    Raises:
+        UsageError: If the flags do not describe a student.
+        InputError: If a file they name does not hold one.
+    """
+    import torch
+
+    torch.manual_seed(arguments.seed)
+    student: Any
+    if arguments.start_student:
+        student = load_student(arguments.start_student, arguments.trust_remote_code)
+    elif arguments.student_model_type == HF_STUDENT:
+        student = hf_student(arguments.student_config)
+    else:
+        config = student_config(arguments, teacher)
+        student = get_model_class(arguments.student_model_type)(config=config)
+    for name in ("bos_token_id", "eos_token_id"):
+        for settings in (student.config, student.generation_config):
+            setattr(settings, name, getattr(teacher.tokenizer, name))
+    describe(student, teacher)
+    return student
+
+
+def describe(student: "nn.Module", teacher: "Teacher") -> None:
+    """Log what the student is."""
+    from cleangpt.blocks import BlockStack
+
+    stack = BlockStack(student)
+    logger.info(
+        "Student: %s, %d blocks of width %d, %s parameters; the teacher has %s",
+        type(student).__name__,
+        stack.num_blocks,
+        stack.hidden_size,
+        f"{sum(p.numel() for p in student.parameters()):,}",
+        f"{sum(p.numel() for p in teacher.model.parameters()):,}",
+    )
+
+
+def load_student(name: str, trust_remote_code: bool) -> Any:
+    """A student that exists: a run, a ``.pt`` file, or a HuggingFace folder."""
+    from distillation.evaluation.loading import load_model
+
+    loaded = load_model(name, trust_remote_code=trust_remote_code)
+    return loaded.model.requires_grad_(True)
+
+
+def hf_student(name: str) -> Any:
+    """A HuggingFace causal LM: from a folder with weights as it is, from a configuration at random.
+
+    Raises:
+        InputError: If there is no such file, or it is not the configuration of a causal LM.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from cleangpt.errors import InputError
+
+    path = Path(name)
+    if path.is_dir() and any([*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")]):
+        return load_student(name, trust_remote_code=False)
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+        config = AutoConfig.for_model(**fields)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        cause = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{file} is not the configuration of a causal language model: {cause}",
+            'Give --student_config a JSON file with "model_type" and its fields, or a folder with'
+            " a config.json.",
+        ) from error
+
+
+def student_config(arguments: argparse.Namespace, teacher: "Teacher") -> "GPTConfig":
+    """The architecture of one of our students; what no flag says follows from the teacher.
+
+    Raises:
+        UsageError: If the flags do not describe a student.
+    """
+    from cleangpt.blocks import BlockStack
+    from cleangpt.errors import UsageError
+    from config_distillation import GPTConfig
+
+    stack = BlockStack(teacher.model)
+    n_head = arguments.student_n_head or teacher.model.config.get_text_config().num_attention_heads
+    # Half of the teacher's width, rounded to heads of an even size.
+    half = max(1, round(stack.hidden_size / (4 * n_head))) * 2 * n_head
+    if stack.context_length is not None and arguments.block_size > stack.context_length:
+        raise UsageError(
+            f"--block_size {arguments.block_size} exceeds the teacher's context of"
+            f" {stack.context_length}.",
+            f"Pass --block_size {stack.context_length} or less.",
+        )
+    switches = {name: getattr(arguments, f"student_{name}") for name in STUDENT_SWITCHES}
+    try:
+        return GPTConfig(
+            block_size=arguments.block_size,
+            vocab_size=stack.vocab_size,
+            n_layer=arguments.student_n_layer or stack.num_blocks,
+            n_head=n_head,
+            n_embd=arguments.student_n_embd or half,
+            dropout=arguments.student_dropout,
+            padding_idx=teacher.tokenizer.pad_token_id,
+            model_type=arguments.student_model_type,
+            output_hidden_states=True,
+            teacher_n_embd=stack.hidden_size,
+            **switches,
+        )
+    except ValueError as error:
+        cause = str(error).splitlines()[0]
+        raise UsageError(cause, "Change the --student_... flags named above.") from error

@@ -1,0 +1,121 @@
+"""Students that are not built here: any causal LM of transformers, and a student that exists."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cleangpt.errors import InputError, UsageError
+from distillation.evaluation import evaluate_distilled_model
+from distillation.evaluation.loading import load_model
+from examples import run_distillation_example as command
+from tests.saved_teachers import CONFIGS, VOCAB, build, save
+
+BLOCKS = 2
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    place = tmp_path_factory.mktemp("students")
+    save(place / "teacher", build("gpt2"))
+    text = "\n\n".join(f"line {i} of a small text to learn from" for i in range(60))
+    (place / "text.txt").write_text(text)
+    config = CONFIGS["llama"]().to_dict() | {"hidden_size": 16, "head_dim": 8}
+    (place / "llama.json").write_text(json.dumps(config))
+    return place
+
+
+def run(place: Path, name: str, *flags: str) -> tuple[Path, str]:
+    """Run the command; return its folder and what it printed as the evaluation's command."""
+    arguments = ["--teacher_model_name_or_path", str(place / "teacher")]
+    arguments += ["--dataset_name", str(place / "text.txt"), "--block_size", "16"]
+    arguments += ["--output_dir", str(place / name), "--epochs_per_block", "1", "--device", "cpu"]
+    parsed = command.parse_arguments([*arguments, *flags])
+    results, _ = command.distil(parsed)
+    return place / name, command.evaluation_command(parsed, results["student_path"])
+
+
+def test_a_configuration_makes_a_student(place: Path) -> None:
+    flags = ["--student_model_type", "hf", "--student_config", str(place / "llama.json")]
+    folder, printed = run(place, "llama", *flags)
+    assert "--model_type" not in printed
+    by_file = load_model(str(folder / "student_model_final_distilled.pt")).model
+    by_folder = load_model(str(folder)).model
+    assert type(by_file).__name__ == type(by_folder).__name__ == "LlamaForCausalLM"
+    ids = torch.randint(0, VOCAB, (2, 9))
+    with torch.no_grad():
+        assert torch.equal(by_file(ids).logits, by_folder(ids).logits)
+    words = shlex.split(printed)[3:]
+    evaluate_distilled_model.main([*words, "--max_samples", "20", "--speed_seconds", "0"])
+    assert any((folder / "evaluation").glob("*.json"))
+
+
+def test_a_folder_with_weights_starts_from_them(place: Path) -> None:
+    start = place / "start"
+    model = build("opt")
+    model.save_pretrained(start)
+    flags = ["--student_model_type", "hf", "--student_config", str(start), "--blocks", "1"]
+    folder, _ = run(place, "opt", *flags, "--no_train_lm_head")
+    before, after = model.state_dict(), load_model(str(folder)).model.state_dict()
+    first, second = (
+        [torch.equal(before[n], after[n]) for n in before if f"layers.{block}." in n]
+        for block in range(BLOCKS)
+    )
+    assert all(first)
+    assert not all(second)
+
+
+def test_a_run_goes_on_where_another_ended(place: Path) -> None:
+    one, _ = run(place, "one", "--student_n_embd", "16", "--blocks", "0", "--no_train_lm_head")
+    folder, printed = run(place, "two", "--start_student", str(one), "--blocks", "1")
+    assert "--model_type" not in printed
+    before, after = (load_model(str(each)).model.state_dict() for each in (one, folder))
+    kept = [name for name in before if "blocks.0." in name]
+    assert kept
+    assert all(torch.equal(before[name], after[name]) for name in kept)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("flags", "cause"),
+    [
+        ("--student_model_type hf", "go together; one of them is missing"),
+        ("--student_config x.json", "go together; one of them is missing"),
+        (
+            "--student_model_type hf --student_config x.json --student_n_embd 4",
+            "--student_config decides the student, so --student_n_embd would do nothing",
+        ),
+        ("--start_student x --student_n_head 2", "--start_student decides the student"),
+        ("--start_student x --student_model_type SASP", "--start_student decides the student"),
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused(flags: str, cause: str) -> None:
+    with pytest.raises(UsageError, match=cause):
+        command.parse_arguments(flags.split())
+
+
+def test_a_start_keeps_its_weights_unless_told_otherwise() -> None:
+    parsed = command.parse_arguments(["--start_student", "x", "--recipe", "best"])
+    assert parsed.init_from_teacher == "none"
+    flags = ["--start_student", "x", "--init_from_teacher", "pca"]
+    assert command.parse_arguments(flags).init_from_teacher == "pca"
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"model_type": "zzz"}', None])
+def test_configurations_that_are_none(content: Any, place: Path, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(InputError, match="not the configuration of a causal language model"):
+        run(place, "bad", "--student_model_type", "hf", "--student_config", str(file))
+
+
+@pytest.mark.parametrize("flag", ["--layer_map 1,x", "--layer_map middle", "--blocks 3-1"])
+def test_maps_and_blocks_that_do_not_parse(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.parse_arguments(flag.split())
+    assert "fix:" in capsys.readouterr().err
