@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn, TypeVar
 
 from cleangpt.errors import CleanGPTError, EnvironmentProblem, OutOfMemory
+from cleangpt.runtime.launcher import launched
 
 T = TypeVar("T")
 
@@ -174,7 +175,8 @@ def add_switch(
 def setup_logging(debug: bool = False) -> None:
     """Give the process one log handler, on stderr: our messages from INFO, others' from WARNING.
 
-    Only commands call this; the library installs no handler. A second call replaces the first.
+    Only commands call this; the library installs no handler. A second call replaces the first. Of
+    the processes of one run the first speaks; the others only warn.
 
     Args:
         debug: Show our DEBUG messages as well.
@@ -187,8 +189,10 @@ def setup_logging(debug: bool = False) -> None:
         root.removeHandler(old)
     root.addHandler(handler)
     root.setLevel(logging.WARNING)
+    rank, _ = launched(os.environ)
+    level = logging.WARNING if rank else logging.DEBUG if debug else logging.INFO
     for name in _OUR_LOGGERS:
-        logging.getLogger(name).setLevel(logging.DEBUG if debug else logging.INFO)
+        logging.getLogger(name).setLevel(level)
 
 
 def _print_error(cause: str, remedy: str) -> None:

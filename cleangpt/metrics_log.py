@@ -20,14 +20,16 @@ class MetricsLog:
     JSON has no NaN, and a reader must not mistake one for zero.
 
     Args:
-        path: The file to append to.
+        path: The file to append to; None writes nothing.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
         self.path = path
 
     def write(self, event: str, **values: Any) -> None:
         """Append one event; each line is complete, so a killed run leaves a readable file."""
+        if self.path is None:
+            return
         record: dict[str, Any] = {"event": event, **without_nonfinite(values)}
         nonfinite = [name for name in values if record[name] is None and values[name] is not None]
         if nonfinite:

@@ -19,6 +19,7 @@ from typing import Any
 from cleangpt import __version__
 from cleangpt.errors import EnvironmentProblem, UsageError
 from cleangpt.metrics_log import MetricsLog, without_nonfinite
+from cleangpt.runtime.launcher import launched
 
 fcntl: Any
 try:
@@ -43,7 +44,7 @@ RUN_FILES = (
 
 
 class RunDirectory:
-    """The directory of one run.
+    """The directory of one run. Of a run of several processes, the first one alone writes.
 
     Args:
         path: The run's ``output_dir``; made when the run is opened.
@@ -51,7 +52,8 @@ class RunDirectory:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.metrics = MetricsLog(self.path / "metrics.jsonl")
+        self.writes = launched(os.environ)[0] == 0
+        self.metrics = MetricsLog(self.path / "metrics.jsonl" if self.writes else None)
         self.run_id = uuid.uuid4().hex
         self._manifest: dict[str, Any] = {}
 
@@ -76,6 +78,13 @@ class RunDirectory:
         """
         if self.is_open:  # a trainer inside a larger run
             yield self
+            return
+        if not self.writes:
+            self._manifest = {"run_id": self.run_id, "stages": []}
+            try:
+                yield self
+            finally:
+                self._manifest = {}
             return
         self.check_room(overwrite)
         self._make()
@@ -119,11 +128,15 @@ class RunDirectory:
 
     def write_bytes(self, name: str, content: bytes) -> Path:
         """Write a file, atomically."""
+        if not self.writes:
+            return self.path / name
         return write_atomically(self.path / name, lambda path: path.write_bytes(content))
 
     def write_folder(self, name: str, fill: Callable[[Path], object]) -> Path:
         """Make a folder, atomically: ``fill`` gets a temporary one, which is then renamed."""
         target = self.path / name
+        if not self.writes:
+            return target
         temporary = self.path / f".{name}.{uuid.uuid4().hex[:8]}.tmp"
         try:
             with disk_errors_explained(target):
@@ -155,6 +168,8 @@ class RunDirectory:
             UsageError: If a run's files are there and may not, or must not, be replaced.
             EnvironmentProblem: If the place is not a directory that can be written.
         """
+        if not self.writes:
+            return []
         place = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
         if not place.is_dir() or not os.access(place, os.W_OK):
             raise EnvironmentProblem(

@@ -14,6 +14,7 @@ decides between them in ``cache_plan``.
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ import xxhash
 from torch import Tensor
 
 from cleangpt.blocks import BlockStack, HiddenStates, State
+from cleangpt.runtime.launcher import launched, on_this_machine
 from cleangpt.runtime.module_state import preserved_modes, tensors_checksum
 from distillation.batch import Batch
 from distillation.cache_plan import (
@@ -146,15 +148,17 @@ class Activations:
         setting = cache_setting(config.activation_cache, config.keep_activations)
         limit = config.activation_cache_gb
         widths = state_width(self.teacher), state_width(self.student)
+        processes, sharing = launched(os.environ)[1], on_this_machine(os.environ)
         need = None
         if positions is not None:
-            need = needed_bytes(positions, *widths, config.activation_dtype)
+            # Each process keeps the windows that it computes.
+            need = needed_bytes(positions, *widths, config.activation_dtype) // processes
         return plan_cache(
             setting,
             need,
-            free_memory(self.teacher.device),
-            free_disk(folder),
-            None if limit is None else int(limit * 1e9),
+            free_memory(self.teacher.device) // sharing,
+            free_disk(folder) // sharing,
+            None if limit is None else int(limit * 1e9) // sharing,
         )
 
     def _keep_in_memory(self, budget_bytes: int, dtype: torch.dtype) -> None:

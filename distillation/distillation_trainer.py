@@ -346,6 +346,8 @@ class DistillationTrainer:
 
     def _save_student(self, results: dict[str, Any]) -> None:
         """Write the student as a HuggingFace folder and as one file, and read the file back."""
+        if not self.run.writes:
+            return
         self.run.write_folder("final", self._fill_folder)
         path = save_checkpoint(
             self.student_model,

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cleangpt.runtime.ranks import Ranks
+
 
 @dataclass
 class FitStatistics:
@@ -31,6 +33,16 @@ class FitStatistics:
         self.squared_error += torch.linalg.vector_norm(predicted.float() - target).to(wide).square()
         self.squared_norm += torch.linalg.vector_norm(target).to(wide).square()
         self.total += target.sum(0).to(wide)
+
+    def summed(self, ranks: Ranks) -> "FitStatistics":
+        """The sums over all processes of the run."""
+        if ranks.count == 1:
+            return self
+        own = [self.squared_error, self.squared_norm, self.total]
+        sums = [torch.as_tensor(value).clone() for value in own]
+        count = torch.tensor(float(self.count), device=sums[0].device, dtype=sums[0].dtype)
+        ranks.sum([count, *sums])
+        return FitStatistics(int(count), *sums)
 
     def relative_error(self) -> float:
         """The squared error as a share of the target's variation about its mean."""

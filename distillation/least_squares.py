@@ -58,9 +58,14 @@ class LeastSquares:
         covariance += torch.diag(_ROUNDING * second_moment.diagonal())
         spread = covariance.diagonal().clamp(min=torch.finfo(torch.float64).tiny).sqrt()[:, None]
         correlation = covariance / spread / spread.T
-        correlation.diagonal().add_(ridge)
+        firm = correlation + ridge * torch.eye(len(correlation), dtype=correlation.dtype)
         cross = (xy[:-1] - torch.outer(mean, target_mean)) / spread
-        weight = (torch.linalg.solve(correlation, cross) / spread).T
+        # Once more through the ridge: what lies along directions without variance (a LayerNorm's
+        # features sum to zero) is rounding, which the ridge alone would divide by next to nothing.
+        factors = torch.linalg.lu_factor(firm)
+        weight = torch.linalg.lu_solve(*factors, cross)
+        weight = torch.linalg.lu_solve(*factors, correlation @ weight)
+        weight = (weight / spread).T
         return weight, target_mean - weight @ mean
 
     def input_moments(self) -> tuple[Float[Tensor, " d_in"], Float[Tensor, "d_in d_in"]]:

@@ -7,6 +7,7 @@ import torch
 from cleangpt.blocks import BlockStack
 from cleangpt.errors import InputError, UsageError
 from cleangpt.runtime.module_state import preserved_modes
+from cleangpt.runtime.ranks import Ranks
 from distillation.batch import Batch
 
 
@@ -51,6 +52,20 @@ def check_vocabulary(teacher: BlockStack, student: BlockStack, tokenizer: Any) -
             f"The student's vocabulary has {student.vocab_size} tokens and the teacher's"
             f" {teacher.vocab_size}; logits over different tokens cannot be compared.",
             f"Build the student with vocab_size={teacher.vocab_size}.",
+        )
+
+
+def check_same_batches(ranks: Ranks, batch: Batch) -> None:
+    """Refuse data that the processes of a run do not see in one order.
+
+    Raises:
+        InputError: If this process's batch is not that of the others.
+    """
+    if not ranks.same_everywhere(b"".join(batch.row_keys).hex()):
+        raise InputError(
+            "The processes of this run were given different batches; each must see all of them, in"
+            " one order, and computes its share of the rows itself.",
+            "Seed the train_dataloader's shuffling, and give it no DistributedSampler.",
         )
 
 

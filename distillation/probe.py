@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cleangpt.blocks import BlockStack
 from cleangpt.runtime.precision import Precision
+from cleangpt.runtime.ranks import Ranks
 from distillation.activations import Activations
 from distillation.batch import Batch, as_batch
 from distillation.config import DistillationConfig, StageSettings
@@ -150,8 +151,8 @@ def _measure(
         # No step moves anything far: only its time is of interest.
         settings = StageSettings(epochs=1, lr=1e-6)
         optimizer = build_optimizer(torch.optim.AdamW, stage, settings)
-        loop = StageLoop(stage, config, settings, optimizer, 10**6, precision)
-        return lambda: loop.step([batch])
+        loop = StageLoop(stage, config, settings, optimizer, 10**6, precision, Ranks())
+        return lambda: loop.step([batch], [batch])
 
     def block_stage(block: int) -> BlockStage:
         stitch = StitchingLayer(student.hidden_size, teacher.hidden_size).to(device)

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cleangpt.blocks import BlockStack
+from cleangpt.runtime.ranks import Ranks
 from distillation.activations import Activations
 from distillation.batch import Batch
 from distillation.fit_statistics import FitStatistics
@@ -75,8 +76,8 @@ class Stage(ABC):
     def start_epoch(self) -> None:  # noqa: B027 - most stages measure nothing per epoch
         """Called before each epoch."""
 
-    def summary(self) -> dict[str, float]:
-        """What the stage measured in its last epoch, besides the loss."""
+    def summary(self, ranks: Ranks) -> dict[str, float]:
+        """What the stage measured in its last epoch, besides the loss, over all processes."""
         return {}
 
 
@@ -177,9 +178,9 @@ class BlockStage(Stage):
         """Forget the statistics of the epoch before."""
         self._fit = FitStatistics()
 
-    def summary(self) -> dict[str, float]:
+    def summary(self, ranks: Ranks) -> dict[str, float]:
         """The error relative to the best constant predictor (1.0), over the last epoch."""
-        return {"relative_error": self._fit.relative_error()}
+        return {"relative_error": self._fit.summed(ranks).relative_error()}
 
     def _hidden_states(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The student block's hidden states, without a stitch, and the teacher's."""

@@ -11,11 +11,13 @@ import argparse
 import contextlib
 import importlib
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cleangpt.cli import run_command, setup_logging
+from cleangpt.runtime.launcher import launched
 from examples.distillation_data import build_dataloader, validation_dataloader
 from examples.distillation_flags import HF_STUDENT, build_parser, parse_arguments
 from examples.distillation_student import build_student
@@ -68,8 +70,12 @@ def main(argv: list[str] | None = None) -> None:
         print(plan(trainer, arguments).table())
         return
     results, _ = distil(arguments)
-    print(f"student: {results['student_path']}")
-    print(f"evaluate it: {evaluation_command(arguments, results['student_path'])}")
+    from cleangpt.runtime.ranks import leave
+
+    leave()
+    if launched(os.environ)[0] == 0:
+        print(f"student: {results['student_path']}")
+        print(f"evaluate it: {evaluation_command(arguments, results['student_path'])}")
 
 
 def distil(arguments: argparse.Namespace) -> tuple[dict[str, Any], "nn.Module"]:
@@ -81,7 +87,8 @@ def distil(arguments: argparse.Namespace) -> tuple[dict[str, Any], "nn.Module"]:
     from cleangpt.metrics_log import format_seconds
 
     trainer, student = prepare(arguments)
-    planned = estimate(trainer, arguments)
+    processes = launched(os.environ)[1]
+    planned = estimate(trainer, arguments) if processes == 1 else None
     results = train(trainer, arguments)
     if planned:
         logger.info(
@@ -133,13 +140,18 @@ def prepare(arguments: argparse.Namespace) -> "tuple[DistillationTrainer, nn.Mod
     from transformers.utils import logging as transformers_logging
 
     from cleangpt.runtime.device import default_device, resolve_device
+    from cleangpt.runtime.ranks import join
     from cleangpt.runtime.threads import set_threads
     from cleangpt.teacher import load_teacher, load_teacher_outline
 
     transformers_logging.disable_progress_bar()
     device = resolve_device(arguments.device) if arguments.device else default_device()
+    ranks = join(device)
+    if ranks.count > 1 and device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
     threads = set_threads(arguments.threads, arguments.num_workers)
-    logger.info("Seed %d on %s, %s", arguments.seed, device, threads)
+    several = f"; {ranks.count} processes share each batch" if ranks.count > 1 else ""
+    logger.info("Seed %d on %s, %s%s", arguments.seed, device, threads, several)
     load = load_teacher_outline if arguments.plan else load_teacher
     teacher = load(
         arguments.teacher_model_name_or_path,

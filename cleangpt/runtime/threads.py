@@ -15,6 +15,8 @@ from typing import NamedTuple
 import psutil
 import torch
 
+from cleangpt.runtime.launcher import on_this_machine
+
 MAX_THREADS = 32
 """The matrix products of a student's block are small: beyond some dozens of threads each has less
 to compute than the threads need to meet again."""
@@ -76,7 +78,9 @@ def set_threads(asked: int = 0, num_workers: int = 0) -> str:
     choice = (
         ThreadChoice(asked, "as asked")
         if asked
-        else choose_threads(usable_cores(), os.environ, num_workers)
+        else choose_threads(
+            max(1, usable_cores() // on_this_machine(os.environ)), os.environ, num_workers
+        )
     )
     torch.set_num_threads(choice.threads)
     return f"{choice.threads} thread{'' if choice.threads == 1 else 's'} ({choice.reason})"

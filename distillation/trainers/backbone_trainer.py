@@ -324,7 +324,8 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
 
     def after_epoch(self, stage: Stage, epoch: int) -> None:
         """Write the picture of this epoch, if pictures were asked for."""
-        if self.config.hidden_state_pictures and isinstance(stage, BlockStage):
+        wanted = self.config.hidden_state_pictures and self.ranks.is_main
+        if wanted and isinstance(stage, BlockStage):
             batch = next(iter(self.batches(0)))
             with torch.no_grad(), preserved_modes(self.student_model):
                 self.student_model.eval()

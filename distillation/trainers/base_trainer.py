@@ -9,10 +9,11 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cleangpt.blocks import BlockStack
 from cleangpt.errors import InputError, UsageError
@@ -27,11 +28,17 @@ from cleangpt.runtime.module_state import (
     tensors_fingerprint,
 )
 from cleangpt.runtime.precision import choose_precision
-from distillation.activations import Activations
+from cleangpt.runtime.ranks import RowShares, join
+from distillation.activations import Activations, rows_of
 from distillation.batch import Batch, as_batch
 from distillation.cache_plan import positions_in
 from distillation.config import DistillationConfig, StageSettings
-from distillation.preflight import check_batch, check_structure, check_vocabulary
+from distillation.preflight import (
+    check_batch,
+    check_same_batches,
+    check_structure,
+    check_vocabulary,
+)
 from distillation.stages import Stage
 from distillation.trainers.stage_loop import (
     StageLoop,
@@ -86,13 +93,16 @@ class BaseDistillationTrainer:
         self.train_dataloader = train_dataloader
         self.validation_dataloader = validation_dataloader
         self.device = torch.device(device)
+        self.ranks = join(self.device)
+        self.shares = RowShares(self.ranks)
         self.run = run
         self.optimizer_cls = optimizer_cls
         self.config = config
         self.teacher = BlockStack(teacher_model)
         self.student = BlockStack(student_model)
         self.activations = Activations(self.teacher, self.student, 0)
-        self.precision = choose_precision(config.precision, self.device, self.student.hidden_size)
+        precision = choose_precision(config.precision, self.device, self.student.hidden_size)
+        self.precision = self.ranks.from_main(precision)  # each measures for itself
         self.progress = RunProgress(1)
         for stack in (self.teacher, self.student):
             check_structure(stack)
@@ -137,6 +147,7 @@ class BaseDistillationTrainer:
         self.teacher_model.to(self.device)
         self.student_model.to(self.device)
         if not self.run.is_open:
+            self.ranks.copy_from_main(self.student_model)
             self.progress = RunProgress(num_stages)
             logger.info("Precision: %s (%s).", self.precision.name, self.precision.reason)
         exact = self.precision.name == "fp32"
@@ -147,9 +158,10 @@ class BaseDistillationTrainer:
             nullcontext() if exact else fused_gelu(self.teacher_model, self.student_model),
             self.precision.tensor_cores(self.device),
             self.run.opened(self.about_run(), overwrite=overwrite),
+            self.ranks.after_main(),
             self.activations.opened(
                 self.config,
-                self.run.path / "activations",
+                self._states_folder(),
                 self._positions(),
                 self.precision.name,
             ),
@@ -174,6 +186,11 @@ class BaseDistillationTrainer:
             batch = as_batch(raw, self.device)
             check_batch(batch, self.teacher, self.student)
             yield batch
+
+    def _states_folder(self) -> Path:
+        """Where files of states go; each process has its own."""
+        folder = self.run.path / "activations"
+        return folder if self.ranks.count == 1 else folder / f"rank-{self.ranks.index}"
 
     def _positions(self) -> int | None:
         """The tokens whose states may be kept; None if a loader does not tell."""
@@ -214,6 +231,7 @@ class BaseDistillationTrainer:
                 build_optimizer(self.optimizer_cls, stage, own),
                 steps * own.epochs,
                 self.precision,
+                self.ranks,
             )
             for stage, own in zip(stages, settings, strict=True)
         ]
@@ -234,7 +252,7 @@ class BaseDistillationTrainer:
         for loop in loops:
             loop.restore_best()
             loop.result.seconds = (time.perf_counter() - started_at) / len(loops)
-            loop.result.summary = loop.stage.summary()
+            loop.result.summary = loop.stage.summary(self.ranks)
         if self._frozen_checksum(stages) != before:
             raise AssertionError(f"{name} changed tensors it does not train.")
         return [loop.result for loop in loops]
@@ -300,9 +318,12 @@ class BaseDistillationTrainer:
             loop.stage.start_epoch()
             loop.start_epoch()
         size = self.config.gradient_accumulation_steps
-        for micro_batches in grouped(self.batches(epoch), size):
+        for index, micro_batches in enumerate(grouped(self.batches(epoch), size)):
+            if index == 0:
+                check_same_batches(self.ranks, micro_batches[0])
+            shares = [self._share(batch) for batch in micro_batches]
             for loop in loops:
-                loop.step(micro_batches)
+                loop.step(micro_batches, shares)
                 self.progress.advance()
             step = loops[0].step_index
             last = any(loop.step_index == loop.total_steps for loop in loops)
@@ -324,16 +345,32 @@ class BaseDistillationTrainer:
         for loop in loops:
             for module in loop.stage.modules().values():
                 module.eval()
-        sums, counts = [0.0] * len(loops), [0] * len(loops)
-        for batch in self._checked(self.validation_dataloader):
+        sums, counts = torch.zeros(2, len(loops), dtype=torch.float64)
+        for whole in self._checked(self.validation_dataloader):
+            batch = self._share(whole)
             for index, loop in enumerate(loops):
-                count = loop.stage.count(batch)
-                if count:
+                count = 0 if batch is None else loop.stage.count(batch)
+                if batch is not None and count:
                     with self.precision.autocast(self.device):
                         sums[index] += float(loop.stage.held_out_loss(batch)) * count
                     counts[index] += count
-        for loop, total, count in zip(loops, sums, counts, strict=True):
+        self._sum(sums, counts)
+        for loop, total, count in zip(loops, sums.tolist(), counts.tolist(), strict=True):
             loop.keep_best(total / max(1, count), self.run)
+
+    def _sum(self, *numbers: Tensor) -> None:
+        """Sum small tensors of the host over all processes, in place."""
+        on_device = [tensor.to(self.device) for tensor in numbers]
+        self.ranks.sum(on_device)
+        for tensor, total in zip(numbers, on_device, strict=True):
+            tensor.copy_(total)
+
+    def _share(self, batch: Batch) -> Batch | None:
+        """What this process computes of a batch; None is nothing."""
+        if self.ranks.count == 1:
+            return batch
+        rows = self.shares.own(batch.row_keys)
+        return rows_of(batch, rows) if rows else None
 
     def after_epoch(self, stage: Stage, epoch: int) -> None:
         """Called after each epoch of a stage; does nothing here."""

@@ -1,8 +1,8 @@
 """The optimizer steps of one stage.
 
 Per step: count valid positions over the micro-batches, weigh each loss by its share of the count,
-backward, clip, check that loss and norm are finite, and only then step. So accumulation, padding
-and ragged batches change neither loss nor gradient.
+backward, sum over processes, clip, check that loss and norm are finite, and only then step. So
+accumulation, padding, ragged batches and the number of processes change neither loss nor gradient.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ from cleangpt.errors import NonFiniteError
 from cleangpt.run_directory import RunDirectory
 from cleangpt.runtime.device import seed_generators
 from cleangpt.runtime.precision import Precision
+from cleangpt.runtime.ranks import Ranks
 from cleangpt.schedules import learning_rate_factor
 from distillation.batch import Batch
 from distillation.config import DistillationConfig, StageSettings
@@ -103,6 +104,7 @@ class StageLoop:
         optimizer: Any,
         total_steps: int,
         precision: Precision,
+        ranks: Ranks,
     ) -> None:
         self.stage = stage
         self.config = config
@@ -112,6 +114,7 @@ class StageLoop:
         self.device = self.parameters[0].device
         self.total_steps = total_steps
         self.precision = precision
+        self.ranks = ranks
         self.result = StageResult(stage.name)
         self.step_index = 0
         self.has_stopped = False
@@ -162,10 +165,16 @@ class StageLoop:
             parameter.copy_(best)
         self._best_weights = []
 
-    def step(self, micro_batches: list[Batch]) -> None:
-        """One optimizer step: count, backward, clip, check, step."""
+    def step(self, micro_batches: list[Batch], shares: list[Batch | None]) -> None:
+        """One optimizer step: count, backward, sum over processes, clip, check, step.
+
+        Args:
+            micro_batches: What all processes together compute.
+            shares: What this process computes of each; None is nothing.
+        """
         self.stage.progress = self.step_index / max(1, self.total_steps)
-        seed = derived_seed(self.config.seed, self.stage.name, self.step_index)
+        place = (self.stage.name, self.step_index, *([self.ranks.index] * (not self.ranks.is_main)))
+        seed = derived_seed(self.config.seed, *place)
         seed_generators(seed, self.device)
         factor = learning_rate_factor(
             self.step_index,
@@ -184,7 +193,8 @@ class StageLoop:
             self.result.skipped += 1
             return
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self._backward(micro_batches, counts)
+        loss = self._backward(shares, sum(counts))
+        self.ranks.sum_gradients(self.parameters, loss)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
         self._pending.append((self.step_index, loss, norm, sum(counts)))
         if self._deferred:
@@ -212,13 +222,14 @@ class StageLoop:
         )
         return self._last_loss, speed
 
-    def _backward(self, micro_batches: list[Batch], counts: list[int]) -> Tensor:
+    def _backward(self, shares: list[Batch | None], positions: int) -> Tensor:
         """Add up gradients; each mean loss weighs as its share of all valid positions."""
         total = torch.zeros((), device=self.device)
-        for batch, count in zip(micro_batches, counts, strict=True):
-            if count:
+        for batch in shares:
+            count = 0 if batch is None else self.stage.count(batch)
+            if batch is not None and count:
                 with self.precision.autocast(self.device):
-                    loss = self.stage.loss(batch) * (count / sum(counts))
+                    loss = self.stage.loss(batch) * (count / positions)
                 loss.backward()
                 total = total + loss.detach()
         return total

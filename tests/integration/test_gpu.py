@@ -83,10 +83,12 @@ def test_a_step_never_waits_for_the_device(tmp_path: Path) -> None:
     trainer._only_train([stage])
     settings = StageSettings(epochs=1, lr=1e-3)
     optimizer = build_optimizer(torch.optim.AdamW, stage, settings)
-    loop = StageLoop(stage, trainer.config, settings, optimizer, 10, trainer.precision)
+    loop = StageLoop(
+        stage, trainer.config, settings, optimizer, 10, trainer.precision, trainer.ranks
+    )
     batch = as_batch(batches(1)[0], device)
-    loop.step([batch])  # the first step allocates and looks at the model
+    loop.step([batch], [batch])  # the first step allocates and looks at the model
     with no_host_sync():
-        loop.step([batch])
+        loop.step([batch], [batch])
     loop._gather()
     assert loop.result.steps == 2

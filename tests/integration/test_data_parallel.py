@@ -1,0 +1,158 @@
+"""Two processes over gloo train what one process trains."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cleangpt.runtime.ranks import Ranks, RowShares
+from tests.saved_teachers import build, save
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
+ACCELERATE = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("ranks")
+    teacher = build("gpt2")
+    with torch.no_grad():  # a random teacher has nearly no logits to learn
+        for parameter in teacher.parameters():
+            parameter.mul_(3.0)
+    save(place / "teacher", teacher)
+    lines = (f"line {i} of a small text to learn {i * i} things from" for i in range(40))
+    (place / "text.txt").write_text("\n\n".join(lines))
+    return place
+
+
+def command(place: Path, name: str, launcher: tuple[str, ...], processes: int) -> list[str]:
+    start = [sys.executable]
+    if launcher:
+        start += [*launcher, str(processes)]
+    return [
+        *start,
+        *("-m", "examples.run_distillation_example"),
+        *("--teacher_model_name_or_path", str(place / "teacher"), "--device", "cpu"),
+        *("--dataset_name", str(place / "text.txt"), "--block_size", "16", "--batch_size", "5"),
+        *("--student_n_embd", "16", "--student_n_head", "2", "--precision", "fp32"),
+        *("--output_dir", str(place / name), "--log_interval", "1", "--no_token_cache"),
+        *("--recipe", "best", "--epochs_per_block", "2", "--lm_head_epochs", "1"),
+        *("--polish_epochs", "1", "--validation_tokens", "300", "--no_overfit_gate"),
+    ]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def run(place: Path, name: str, launcher: tuple[str, ...], processes: int, *flags: str) -> Path:
+    words = [*command(place, name, launcher, processes), *flags]
+    done = subprocess.run(
+        words, env=environment(), capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("student: ") == 1
+    return place / name
+
+
+def losses(folder: Path) -> list[tuple[str, float]]:
+    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        (f"{e['event']} {e.get('stage')} {e.get('step')}", e["loss"]) for e in events if "loss" in e
+    ]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    path = folder / "student_model_final_distilled.pt"
+    state: dict[str, torch.Tensor] = torch.load(path, weights_only=True)["model_state_dict"]
+    return state
+
+
+def assert_same(one: Path, two: Path) -> None:
+    names, values = zip(*losses(one), strict=True)
+    other_names, other_values = zip(*losses(two), strict=True)
+    assert names == other_names
+    assert len(names) > 20
+    torch.testing.assert_close(
+        torch.tensor(other_values), torch.tensor(values), rtol=1e-5, atol=1e-6
+    )
+    rows: Any = [json.loads((f / "manifest.json").read_text())["stages"] for f in (one, two)]
+    for row, other in zip(*rows, strict=True):
+        assert other["steps"] == row["steps"]
+        assert other["tokens"] == row["tokens"]
+        assert other.get("relative_error", 0) == pytest.approx(row.get("relative_error", 0), 1e-4)
+    for name, tensor in weights(one).items():
+        torch.testing.assert_close(weights(two)[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_two_processes_train_what_one_trains(place: Path) -> None:
+    one = run(place, "one", (), 1)
+    assert_same(one, run(place, "two", TORCHRUN, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["sequential", "parallel_local"])
+@pytest.mark.parametrize("cache", ["ram", "disk", "off"])
+def test_every_schedule_and_cache(place: Path, schedule: str, cache: str) -> None:
+    flags = ("--schedule", schedule, "--activation_cache", cache)
+    flags = (*flags, "--gradient_accumulation_steps", "2")
+    one = run(place, f"one {schedule} {cache}", (), 1, *flags)
+    assert_same(one, run(place, f"two {schedule} {cache}", ACCELERATE, 2, *flags))
+    assert_same(one, run(place, f"three {schedule} {cache}", TORCHRUN, 3, *flags))
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_stops_all_and_leaves_the_directory_usable(place: Path) -> None:
+    words = command(place, "dies", TORCHRUN, 2)
+    with subprocess.Popen(
+        [*words, "--epochs_per_block", "2000"], env=environment(), stderr=subprocess.PIPE, text=True
+    ) as launched:
+        wait_for(place / "dies" / "metrics.jsonl")
+        found = subprocess.run(
+            ["pgrep", "-P", str(launched.pid)], capture_output=True, text=True, check=True
+        )
+        os.kill(int(found.stdout.split()[-1]), signal.SIGKILL)
+        assert launched.wait(timeout=120) != 0
+    manifest = json.loads((place / "dies" / "manifest.json").read_text())
+    assert manifest["status"] in ("running", "failed")
+    run(place, "dies", (), 1, "--overwrite")
+
+
+def wait_for(path: Path) -> None:
+    end = time.monotonic() + 120
+    while not path.is_file() or not path.stat().st_size:
+        assert time.monotonic() < end, f"{path} does not come"
+        time.sleep(0.1)
+
+
+def test_rows_are_shared_evenly_and_stay_where_they_were() -> None:
+    keys = [bytes([i]) for i in range(12)]
+    shares = [RowShares(Ranks(rank, 3)) for rank in range(3)]
+    first = [own.own(keys[:6]) for own in shares]
+    assert sorted(chain(*first)) == list(range(6))
+    assert [len(rows) for rows in first] == [2, 2, 2]
+    # The same rows in another order, among new ones: each is where it was.
+    mixed = [keys[9], keys[3], keys[1], keys[7], keys[5], keys[0]]
+    second = [{mixed[i] for i in own.own(mixed)} for own in shares]
+    home = {keys[i]: rank for rank, rows in enumerate(first) for i in rows}
+    for rank, rows in enumerate(second):
+        assert {home[key] for key in rows if key in home} <= {rank}
+        assert len(rows) == 2
+
+
+def test_small_batches_leave_processes_without_rows() -> None:
+    shares = [RowShares(Ranks(rank, 3)) for rank in range(3)]
+    assert [own.own([b"a", b"b"]) for own in shares] == [[0], [1], []]
+    # Rows of one process alone: the rest is taken over, none is lost.
+    crowded = [b"a"] * 4
+    found = [own.own(crowded) for own in shares]
+    assert sorted(chain(*found)) == [0, 1, 2, 3]
+    assert max(map(len, found)) == 2
