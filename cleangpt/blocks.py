@@ -23,6 +23,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from cleangpt.errors import InputError
+from cleangpt.runtime.module_state import preserved_modes
 from cleangpt.structure import find_blocks, find_final_norm, first_output
 
 TokenIds = Int[Tensor, "batch seq"]
@@ -106,12 +107,14 @@ class BlockStack:
             norm: nn.Module = cast("Any", self.model).final_norm
             return norm
         ids = self.probe_ids()
-        return find_final_norm(
-            self.model,
-            self.block(self.num_blocks - 1),
-            self.lm_head,
-            lambda: self.model(**self._arguments(ids, None)),
-        )
+        with preserved_modes(self.model):
+            self.model.eval()
+            return find_final_norm(
+                self.model,
+                self.block(self.num_blocks - 1),
+                self.lm_head,
+                lambda: self.model(**self._arguments(ids, None)),
+            )
 
     def block(self, index: int) -> nn.Module:
         """The module of block ``index``."""
@@ -314,7 +317,9 @@ class BlockStack:
             raise _StopForward
 
         hook = self.block(0).register_forward_hook(look)
-        with torch.no_grad():
+        # In eval mode: dropout would draw random numbers that belong to a training step.
+        with torch.no_grad(), preserved_modes(self.model):
+            self.model.eval()
             self._forward_until_stopped(self.probe_ids(), None, [hook])
         return seen[0]
 

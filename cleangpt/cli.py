@@ -2,8 +2,8 @@
 
 Standard library only, so ``--help`` answers at once: commands import torch and the rest inside
 their ``main``. Exit codes: 0 done, 1 a defect of ours, 2 usage, 3 data or model, 4 checkpoint,
-5 environment, 6 non-finite numbers, 7 memory, 130 stopped by Ctrl-C, 141 the reader of the output
-closed it (`... | head`).
+5 environment, 6 non-finite numbers, 7 memory, 130 stopped by Ctrl-C, 143 by SIGTERM, 141 the reader
+of the output closed it (`... | head`).
 """
 
 import argparse
@@ -262,7 +262,7 @@ def run_command(
         _show_traceback(error, arguments)
         _print_error(
             "stopped by Ctrl-C",
-            "Start it again; distilling into the same --output_dir needs --overwrite.",
+            "Start it again; a distillation goes on from its last checkpoint with --resume.",
         )
         return 130
     except BrokenPipeError:

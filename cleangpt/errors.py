@@ -58,3 +58,17 @@ class OutOfMemory(CleanGPTError, RuntimeError):  # noqa: N818
     """Host or device memory ran out (exit code 7)."""
 
     exit_code = 7
+
+
+class Stopped(CleanGPTError, RuntimeError):  # noqa: N818
+    """A signal asked the run to stop; it saved and can go on (exit code 143 or 130).
+
+    Args:
+        cause: Where it stopped.
+        remedy: How to go on.
+        exit_code: 128 and the signal's number.
+    """
+
+    def __init__(self, cause: str, remedy: str, exit_code: int) -> None:
+        super().__init__(cause, remedy)
+        self.exit_code = exit_code  # type: ignore[misc]

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -25,10 +26,11 @@ class MetricsLog:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
+        self._is_paused = False
 
     def write(self, event: str, **values: Any) -> None:
         """Append one event; each line is complete, so a killed run leaves a readable file."""
-        if self.path is None:
+        if self.path is None or self._is_paused:
             return
         record: dict[str, Any] = {"event": event, **without_nonfinite(values)}
         nonfinite = [name for name in values if record[name] is None and values[name] is not None]
@@ -36,6 +38,20 @@ class MetricsLog:
             record["nonfinite"] = nonfinite
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
+
+    def size(self) -> int:
+        """Bytes written so far."""
+        return self.path.stat().st_size if self.path is not None and self.path.is_file() else 0
+
+    def pause(self) -> None:
+        """Write nothing for now: what comes has been written before."""
+        self._is_paused = True
+
+    def go_on(self, size: int) -> None:
+        """Write again, after the first ``size`` bytes; what a stopped run wrote later goes."""
+        self._is_paused = False
+        if self.path is not None and self.path.is_file():
+            os.truncate(self.path, min(size, self.size()))
 
 
 def without_nonfinite(value: Any) -> Any:
@@ -81,9 +97,13 @@ class RunProgress:
             dynamic_ncols=True,
         )
 
-    def advance(self) -> None:
-        """Count one optimizer step."""
-        self._bar.update(1)
+    def advance(self, steps: int = 1) -> None:
+        """Count optimizer steps."""
+        self._bar.update(steps)
+
+    def skip_stage(self) -> None:
+        """Count a stage that was done before."""
+        self._stages_done += 1
 
     def show(self, step: int, loss: float, tokens_per_second: float) -> None:
         """Tell the numbers of ``step`` (from 1), beside the bar or as a line."""

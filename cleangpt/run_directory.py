@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cleangpt import __version__
-from cleangpt.errors import EnvironmentProblem, UsageError
+from cleangpt.errors import CheckpointError, EnvironmentProblem, Stopped, UsageError
 from cleangpt.metrics_log import MetricsLog, without_nonfinite
 from cleangpt.runtime.launcher import launched
 
@@ -38,6 +38,7 @@ RUN_FILES = (
     "start",
     "pictures",
     "activations",
+    "checkpoints",
     "evaluation",
 )
 """What a run may write into its directory, and all that ``overwrite`` ever deletes."""
@@ -63,22 +64,30 @@ class RunDirectory:
         return bool(self._manifest)
 
     @contextmanager
-    def opened(self, about: dict[str, Any], *, overwrite: bool = False) -> Iterator["RunDirectory"]:
-        """Hold the directory for one run; its manifest ends as "done" or "failed".
+    def opened(
+        self, about: dict[str, Any], *, overwrite: bool = False, resume: bool = False
+    ) -> Iterator["RunDirectory"]:
+        """Hold the directory for one run; its manifest ends as "done", "stopped" or "failed".
 
         Opening it again inside the block changes nothing and joins the run that is open.
 
         Args:
             about: What the manifest says of the run (teacher, student, data, settings).
             overwrite: Whether the files of an earlier run there may be deleted.
+            resume: Whether to go on with the run that is there, if there is one.
 
         Raises:
-            UsageError: If an earlier run's files are there and ``overwrite`` is False.
+            UsageError: If an earlier run's files are there and neither is True.
+            CheckpointError: If the run there is another one: of another teacher, student or data.
             EnvironmentProblem: If the directory cannot be written, or another run holds it.
         """
         if self.is_open:  # a trainer inside a larger run
             yield self
             return
+        earlier = self.manifest() if resume else None
+        if earlier is not None:
+            check_same_run(earlier, about, self.path)
+            self.run_id = str(earlier["run_id"])
         if not self.writes:
             self._manifest = {"run_id": self.run_id, "stages": []}
             try:
@@ -86,10 +95,13 @@ class RunDirectory:
             finally:
                 self._manifest = {}
             return
-        self.check_room(overwrite)
+        self.check_room(overwrite, resume)
         self._make()
         with self._locked():
-            self._make_room(overwrite)
+            if earlier is None:
+                self._make_room(overwrite)
+            else:
+                shutil.rmtree(self.path / "activations", ignore_errors=True)
             self._manifest = {
                 "format_version": FORMAT_VERSION,
                 "library_version": __version__,
@@ -104,13 +116,38 @@ class RunDirectory:
                 self._manifest["status"] = "done"
                 self.write_manifest()
             except BaseException as error:
-                self._manifest.update(status="failed", reason=f"{type(error).__name__}: {error}")
+                status = "stopped" if isinstance(error, Stopped) else "failed"
+                self._manifest.update(status=status, reason=f"{type(error).__name__}: {error}")
                 # The error that ended the run matters more than one about its manifest.
                 with contextlib.suppress(EnvironmentProblem):
                     self.write_manifest()
                 raise
             finally:
                 self._manifest = {}
+
+    def manifest(self) -> dict[str, Any] | None:
+        """What the manifest there says; None if no run of this library is there.
+
+        Raises:
+            CheckpointError: If it is damaged.
+        """
+        path = self.path / "manifest.json"
+        if not path.is_file():
+            return None
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            found = None
+        if not isinstance(found, dict) or "run_id" not in found:
+            raise CheckpointError(
+                f"{path} is not the manifest of a run of this library.",
+                "Choose another output_dir, or restore the file from a copy.",
+            )
+        return found
+
+    def note(self, **values: Any) -> None:
+        """Add to the manifest; it is written with the next stage, or at the end."""
+        self._manifest.update(values)
 
     def add_stage(self, row: dict[str, Any]) -> None:
         """Record a finished stage in the manifest."""
@@ -144,7 +181,7 @@ class RunDirectory:
                 fill(temporary)
                 for file in temporary.rglob("*"):
                     if file.is_file():
-                        _follow_umask_and_sync(file)
+                        follow_umask_and_sync(file)
                 if target.exists():
                     shutil.rmtree(target)
                 temporary.replace(target)
@@ -159,7 +196,7 @@ class RunDirectory:
             probe.touch()
             probe.unlink()
 
-    def check_room(self, overwrite: bool) -> list[str]:
+    def check_room(self, overwrite: bool, resume: bool = False) -> list[str]:
         """Refuse a place that a run may not use, and return what it would replace there.
 
         Writes nothing, so a command can ask before anything slow is loaded.
@@ -176,11 +213,19 @@ class RunDirectory:
                 f"Cannot write {self.path}: {place} is not a writable directory.",
                 "Choose another output_dir (--output_dir).",
             )
+        if overwrite and resume:
+            raise UsageError(
+                "resume goes on with the run that is there, and overwrite deletes it.",
+                "Give only one of --resume and --overwrite.",
+            )
         found = [name for name in RUN_FILES if (self.path / name).exists()]
+        if resume and (self.path / "manifest.json").is_file():
+            return []
         if found and not overwrite:
             raise UsageError(
                 f"{self.path} already holds a run ({', '.join(found)}).",
-                "Choose another output_dir, or pass --overwrite (overwrite=True) to replace it.",
+                "Pass --resume to go on with it, --overwrite to replace it (overwrite=True), or"
+                " choose another output_dir.",
             )
         if found and not self._is_ours():
             raise UsageError(
@@ -225,6 +270,22 @@ class RunDirectory:
             yield
 
 
+def check_same_run(earlier: dict[str, Any], about: dict[str, Any], path: Path) -> None:
+    """Refuse to go on with a run of another teacher, student, data or seed.
+
+    Raises:
+        CheckpointError: Naming what differs.
+    """
+    names = ("seed", "data_fingerprint", "teacher", "student")
+    known = {name: without_nonfinite(about.get(name)) for name in names}
+    different = [name for name in names if name in earlier and earlier[name] != known[name]]
+    if different:
+        raise CheckpointError(
+            f"The run in {path} has another {', '.join(different).replace('_', ' ')}.",
+            "Go on with the command that began it, or choose another output_dir.",
+        )
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> Path:
     """Let ``write`` make a temporary sibling of ``path``, sync it, and rename it to ``path``.
 
@@ -236,20 +297,30 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> Path:
     try:
         with disk_errors_explained(path):
             write(temporary)
-            _follow_umask_and_sync(temporary)
+            follow_umask_and_sync(temporary)
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     return path
 
 
-def _follow_umask_and_sync(path: Path) -> None:
+def follow_umask_and_sync(path: Path) -> None:
     """Give the file the mode the user's umask asks for (safetensors makes 0600) and sync it."""
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Sync a folder's entries to disk, where the system can."""
+    if hasattr(os, "O_DIRECTORY"):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 @contextmanager

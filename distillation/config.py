@@ -93,6 +93,9 @@ class DistillationConfig:
             compare machines.
         compile_blocks: Whether to compile each student block with ``torch.compile``: seconds per
             block to start with, then faster steps; needs a C++ compiler, or Triton on a GPU.
+        checkpoint_minutes: Minutes between two checkpoints inside a stage, >= 0; 0 makes none but
+            those at the end of each.
+        checkpoint_steps: Optimizer steps between two more, >= 0; 0 makes none.
         log_interval: Optimizer steps between two logged lines, >= 1.
         hidden_state_pictures: Whether to draw student and teacher states per block and epoch.
         seed: Seed of everything random in the run.
@@ -134,6 +137,8 @@ class DistillationConfig:
     keep_activations: bool = False
     precision: str = "auto"
     compile_blocks: bool = False
+    checkpoint_minutes: float = 10.0
+    checkpoint_steps: int = 0
     log_interval: int = 50
     hidden_state_pictures: bool = False
     seed: int = 0
@@ -179,6 +184,8 @@ class DistillationConfig:
             ("first_hidden_position", self.first_hidden_position >= 0, "0 or more"),
             ("min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "in [0, 1]"),
             ("max_nonfinite_in_a_row", self.max_nonfinite_in_a_row >= 1, "1 or more"),
+            ("checkpoint_minutes", not_negative(self.checkpoint_minutes), "0 or more"),
+            ("checkpoint_steps", self.checkpoint_steps >= 0, "0 or more"),
             ("log_interval", self.log_interval >= 1, "1 or more"),
         ]
         raise_problems([(n, getattr(self, n), rule) for n, holds, rule in rules if not holds])
@@ -224,6 +231,8 @@ class LoopOptions(TypedDict, total=False):
     blocks: Sequence[int] | None
     precision: str
     compile_blocks: bool
+    checkpoint_minutes: float
+    checkpoint_steps: int
     hidden_state_pictures: bool
     seed: int
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ import torch
 from torch import nn
 from typing_extensions import Unpack
 
-from cleangpt.errors import CheckpointError
+from cleangpt.checkpoints import Checkpoints
 from cleangpt.metrics_log import RunProgress
 from cleangpt.run_directory import RunDirectory
 from distillation.activations import Activations, rows_of
 from distillation.config import LoopOptions, PerBlock, spread
+from distillation.finished_run import FINAL_NAME, fill_folder, finished_results, save_student
+from distillation.journal import Journal, check_same_settings
 from distillation.logit_stages import HeadStage, HiddenTargets, untied_for_now
 from distillation.overfit_gate import WINDOWS, check_stages_learn
 from distillation.plan import RunPlan
@@ -29,13 +32,11 @@ from distillation.trainers.backbone_trainer import BackboneDistillationTrainer
 from distillation.trainers.base_trainer import BaseDistillationTrainer
 from distillation.trainers.head_trainer import HeadDistillationTrainer
 from distillation.trainers.polish_trainer import PolishDistillationTrainer
-from distillation.utils.checkpoint import load_checkpoint, save_checkpoint
 
 logger = logging.getLogger(__name__)
 
 GATE_BYTES = 256 * 2**20
 """Memory for the states of the few windows that the overfit gate looks at."""
-FINAL_NAME = "student_model_final_distilled.pt"
 
 
 class DistillationTrainer:
@@ -66,6 +67,8 @@ class DistillationTrainer:
         validation_dataloader: Held-out batches of the same form. Each stage then keeps the weights
             with the lowest loss on them, at its start or after an epoch. None keeps the last.
         overwrite: Whether an earlier run in ``output_dir`` may be deleted.
+        resume: Whether to go on with a run that was stopped in ``output_dir``; it ends with the
+            bits of one that never was. Without such a run one begins; a finished one is returned.
         keep_start: Whether to save the untrained student too, in ``start/``, for comparison.
         show_progress: Whether to draw bars; None draws them on a terminal and in a notebook.
         **options: ``init_from_teacher``, ``stitch_start``, ``train_stitches``, ``head_start``,
@@ -75,7 +78,8 @@ class DistillationTrainer:
             ``min_lr_ratio``, ``max_nonfinite_in_a_row``, ``first_hidden_position``,
             ``activation_cache``, ``activation_cache_gb``, ``activation_dtype``,
             ``keep_activations``, ``schedule``, ``layer_map``, ``blocks``, ``precision``,
-            ``compile_blocks``, ``hidden_state_pictures``, ``seed``: see
+            ``compile_blocks``, ``checkpoint_minutes``, ``checkpoint_steps``,
+            ``hidden_state_pictures``, ``seed``: see
             :class:`~distillation.config.DistillationConfig`.
 
     Raises:
@@ -104,6 +108,7 @@ class DistillationTrainer:
         *,
         validation_dataloader: Any = None,
         overwrite: bool = False,
+        resume: bool = False,
         keep_start: bool = False,
         show_progress: bool | None = None,
         **options: Unpack[LoopOptions],
@@ -112,6 +117,7 @@ class DistillationTrainer:
         self.tokenizer = tokenizer
         self.run = RunDirectory(output_dir)
         self.overwrite = overwrite
+        self.resume = resume
         self.keep_start = keep_start
         self.show_progress = show_progress
         models = (teacher_model, student_model, tokenizer, train_dataloader)
@@ -239,26 +245,62 @@ class DistillationTrainer:
         if polish is not None:
             self.polish_trainer.stage_settings(**polish)
             stages += 1
+        settings = self._settings(backbone, head, polish, head_from_teacher)
+        if self.resume:
+            about = self.backbone_trainer.about_run()
+            done = finished_results(self.run, about, settings, self.backbone_trainer.student)
+            if done is not None:
+                return done
+        fill = partial(fill_folder, self.student_model, self.tokenizer)
         progress = RunProgress(stages, self.show_progress)
+        config, ranks = self.backbone_trainer.config, self.backbone_trainer.ranks
+        journal = Journal(
+            {"student": self.student_model},
+            ranks,
+            config.checkpoint_minutes,
+            config.checkpoint_steps,
+        )
         for trainer in self._trainers:
-            trainer.run = self.run
-        with self.backbone_trainer.running(stages, self.overwrite):
+            trainer.run, trainer.journal = self.run, journal
+        with (
+            journal.stop.listening(),
+            self.backbone_trainer.running(stages, self.overwrite, self.resume),
+        ):
             for trainer in self._trainers:
                 trainer.progress = progress
-            self._write_settings(backbone, head, polish, head_from_teacher)
-            if self.keep_start:
-                self.run.write_folder("start", self._fill_folder)
+            checkpoints = Checkpoints(
+                self.run.path / "checkpoints", self.run.run_id, writes=self.run.writes
+            )
+            goes_on = journal.open(checkpoints, self.run.metrics, resume=self.resume)
+            self._write_start(settings, fill, goes_on)
             self.backbone_trainer.prepare()
             self._share_what_is_known()
-            if self.backbone_trainer.config.overfit_gate:
+            if config.overfit_gate and not goes_on:
                 self._check_stages_learn(head is not None, polish is not None)
             results = self._train_stages(backbone, head, polish, head_from_teacher)
-            self._save_student(results)
+            layer_map = self.backbone_trainer.layer_map
+            save_student(self.run, self.student_model, fill, layer_map, results)
+            results = self._with_totals(results, time.perf_counter() - started_at)
+            self.run.note(results=results)
+        checkpoints.remove()
+        return results
+
+    def _write_start(
+        self, settings: dict[str, Any], fill: Callable[[Path], object], goes_on: bool
+    ) -> None:
+        """Write down everything that decides this run, and its student before it if asked."""
+        if goes_on:
+            check_same_settings(self.run.path / "config.json", settings)
+        self.run.write_json("config.json", settings)
+        if self.keep_start and not goes_on:
+            self.run.write_folder("start", fill)
+
+    def _with_totals(self, results: dict[str, Any], seconds: float) -> dict[str, Any]:
         rows = [*results["blocks"], *(results[k] for k in ("head", "polish") if results[k])]
         results["output_dir"] = str(self.run.path)
         results["student_path"] = str(self.run.path / FINAL_NAME)
         results["skipped_batches"] = sum(row["skipped"] for row in rows)
-        results["seconds"] = time.perf_counter() - started_at
+        results["seconds"] = seconds
         return results
 
     def _train_stages(
@@ -320,20 +362,20 @@ class DistillationTrainer:
                 stages.append(self.polish_trainer.stage(states))
             check_stages_learn(stages, batch, backbone.precision, backbone.device)
 
-    def _write_settings(
+    def _settings(
         self,
         backbone: dict[str, Any],
         head: dict[str, Any] | None,
         polish: dict[str, Any] | None,
         head_from_teacher: bool,
-    ) -> None:
-        """Write down everything that decided this run."""
+    ) -> dict[str, Any]:
+        """Everything that decides this run."""
         logit_settings = {
             name: value
             for name, value in asdict(self.head_trainer.config).items()
             if name.startswith("logit_")
         }
-        settings = {
+        return {
             **asdict(self.backbone_trainer.config),
             **logit_settings,
             **backbone,
@@ -342,38 +384,6 @@ class DistillationTrainer:
             "initialize_head_from_teacher": head_from_teacher,
             **(polish or {"polish_epochs": 0}),
         }
-        self.run.write_json("config.json", settings)
-
-    def _save_student(self, results: dict[str, Any]) -> None:
-        """Write the student as a HuggingFace folder and as one file, and read the file back."""
-        if not self.run.writes:
-            return
-        self.run.write_folder("final", self._fill_folder)
-        path = save_checkpoint(
-            self.student_model,
-            self.run.path / FINAL_NAME,
-            run_id=self.run.run_id,
-            layer_map=list(self.backbone_trainer.layer_map),
-            backbone_losses=results["backbone_losses"],
-            head_loss=results["head_loss"],
-            polish_loss=results["polish_loss"],
-        )
-        stored = load_checkpoint(path)["model_state_dict"]
-        state = self.student_model.state_dict()
-        if any(not torch.equal(stored[name], tensor.cpu()) for name, tensor in state.items()):
-            raise CheckpointError(
-                f"{path} does not hold what was just written to it.",
-                "The disk may be failing; choose an output_dir on another one.",
-            )
-        logger.info(
-            "The student is in %s and, for transformers, in %s.", path, path.parent / "final"
-        )
-
-    def _fill_folder(self, folder: Path) -> None:
-        model: Any = self.student_model
-        model.save_pretrained(folder)
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(folder)
 
 
 def by_stage(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:

@@ -44,6 +44,20 @@ class FitStatistics:
         ranks.sum([count, *sums])
         return FitStatistics(int(count), *sums)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums, to be saved."""
+        sums = {"squared_error": self.squared_error, "squared_norm": self.squared_norm}
+        count = torch.tensor(self.count)
+        return {"count": count, "total": as_sum(self.total)} | {
+            name: as_sum(value) for name, value in sums.items()
+        }
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor]) -> "FitStatistics":
+        """What :meth:`tensors` returned, as it was."""
+        sums = {name: tensor for name, tensor in tensors.items() if name != "count"}
+        return cls(int(tensors["count"]), **sums)
+
     def relative_error(self) -> float:
         """The squared error as a share of the target's variation about its mean."""
         if self.count == 0:
@@ -51,3 +65,8 @@ class FitStatistics:
         about_mean = torch.as_tensor(self.total).square().sum() / self.count
         variation = float(self.squared_norm - about_mean)
         return float(self.squared_error) / variation if variation > 0 else float("nan")
+
+
+def as_sum(value: Tensor | float) -> Tensor:
+    """A sum that may still be a number, as a tensor."""
+    return torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float64)

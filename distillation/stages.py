@@ -80,6 +80,13 @@ class Stage(ABC):
         """What the stage measured in its last epoch, besides the loss, over all processes."""
         return {}
 
+    def measured(self, ranks: Ranks) -> dict[str, Tensor]:
+        """What it has measured in this epoch so far, over all processes, to be saved."""
+        return {}
+
+    def go_on_measuring(self, measured: dict[str, Tensor], ranks: Ranks) -> None:  # noqa: B027
+        """Take up what :meth:`measured` returned."""
+
 
 class BlockStage(Stage):
     """A student block learns the raw output of its teacher block, through its own stitch.
@@ -181,6 +188,15 @@ class BlockStage(Stage):
     def summary(self, ranks: Ranks) -> dict[str, float]:
         """The error relative to the best constant predictor (1.0), over the last epoch."""
         return {"relative_error": self._fit.summed(ranks).relative_error()}
+
+    def measured(self, ranks: Ranks) -> dict[str, Tensor]:
+        """The sums of this epoch's relative error."""
+        return self._fit.summed(ranks).tensors()
+
+    def go_on_measuring(self, measured: dict[str, Tensor], ranks: Ranks) -> None:
+        """Take up those sums, in one process of all."""
+        if ranks.is_main:
+            self._fit = FitStatistics.of(measured)
 
     def _hidden_states(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The student block's hidden states, without a stitch, and the teacher's."""

@@ -114,6 +114,8 @@ RUN_ROWS: tuple[Row, ...] = (
     ("log_interval", positive_int, 50, "optimizer steps between two lines"),
     ("seed", non_negative_int, 0, "seed of everything random"),
     ("threads", non_negative_int, 0, "threads of the CPU; 0 chooses by the cores it may use"),
+    ("checkpoint_minutes", non_negative_float, 10.0, "between two checkpoints; 0 is never"),
+    ("checkpoint_steps", non_negative_int, 0, "steps between two more checkpoints; 0 is never"),
     ("gradient_accumulation_steps", positive_int, 1, "batches per optimizer step"),
     ("warmup_ratio", probability, 0.05, "share of a stage's steps spent warming up"),
     ("min_lr_ratio", probability, 0.1, "last learning rate as a share of the peak"),
@@ -378,6 +380,7 @@ def _add_run_flags(parser: CommandParser) -> None:
     for name, text in (
         ("plan", "only print stages, time, memory and disk; nothing is loaded or trained"),
         ("compile_blocks", "compile each student block with torch.compile"),
+        ("resume", "go on with a run that was stopped in --output_dir, or begin one"),
         ("overwrite", "replace an earlier run in --output_dir"),
         ("keep_start", "also save the untrained student, in start/"),
         ("keep_activations", "keep the files of frozen states after the run"),

@@ -125,7 +125,7 @@ def prepare(arguments: argparse.Namespace) -> "tuple[DistillationTrainer, nn.Mod
 
     check_teacher_name(arguments.teacher_model_name_or_path, revision=arguments.teacher_revision)
     if not arguments.plan:
-        RunDirectory(arguments.output_dir).check_room(arguments.overwrite)
+        RunDirectory(arguments.output_dir).check_room(arguments.overwrite, arguments.resume)
     source = load_texts(
         arguments.dataset_name,
         config_name=arguments.dataset_config_name,
@@ -187,6 +187,7 @@ def build_trainer(
 ) -> "DistillationTrainer":
     """Hand the flags that say how it trains to the trainer."""
     from distillation import DistillationTrainer
+    from distillation.config import LoopOptions
 
     return DistillationTrainer(
         teacher.model,
@@ -206,34 +207,9 @@ def build_trainer(
         logit_loss_weight=arguments.logit_loss_weight,
         validation_dataloader=held_out,
         overwrite=arguments.overwrite,
+        resume=arguments.resume,
         keep_start=arguments.keep_start,
-        init_from_teacher=arguments.init_from_teacher,
-        stitch_start=arguments.stitch_start,
-        train_stitches=arguments.train_stitches,
-        head_start=arguments.head_start,
-        head_tying=arguments.head_tying,
-        polish_hidden_weight=arguments.polish_hidden_weight,
-        polish_hidden_fade=arguments.polish_hidden_fade,
-        audit_tokens=arguments.audit_tokens,
-        early_stop_patience=arguments.early_stop_patience,
-        overfit_gate=arguments.overfit_gate,
-        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
-        lr_schedule=arguments.lr_schedule,
-        warmup_ratio=arguments.warmup_ratio,
-        min_lr_ratio=arguments.min_lr_ratio,
-        max_nonfinite_in_a_row=arguments.max_nonfinite_in_a_row,
-        first_hidden_position=arguments.first_hidden_position,
-        activation_cache=arguments.activation_cache,
-        activation_cache_gb=arguments.activation_cache_gb,
-        activation_dtype=arguments.activation_dtype,
-        keep_activations=arguments.keep_activations,
-        schedule=arguments.schedule,
-        layer_map=arguments.layer_map,
-        blocks=arguments.blocks,
-        precision=arguments.precision,
-        compile_blocks=arguments.compile_blocks,
-        hidden_state_pictures=arguments.hidden_state_pictures,
-        seed=arguments.seed,
+        **{name: getattr(arguments, name) for name in LoopOptions.__annotations__},
     )
 
 

@@ -67,6 +67,15 @@ class Ranks:
             if not known:
                 parameter.grad = None
 
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process."""
+        if self.count == 1:
+            return flag
+        device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+        flags = torch.tensor(float(flag), device=device)
+        distributed.all_reduce(flags)
+        return bool(flags > 0)
+
     def from_main(self, value: T) -> T:
         """What process 0 has for ``value``; plain data only."""
         if self.count == 1:

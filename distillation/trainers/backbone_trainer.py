@@ -193,6 +193,7 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
                 logger.info("From the teacher: %s", line)
         if config.use_stitching_layers:
             self.stitches = self._new_stitches()
+            self.journal.modules["stitches"] = self.stitches
 
     def level_loss(self, block: int) -> Loss:
         """The hidden-state loss of a student block, knowing its teacher level's statistics."""
@@ -278,16 +279,19 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
 
     def _train_block(self, block: int, settings: StageSettings) -> dict[str, Any]:
         stage = self._stage(block, self.activations)
-        self._start_stitch(stage)
+        if not self.journal.began(stage.name):
+            self._start_stitch(stage)
         return self._write_row(stage, self.train_stage(stage, settings))
 
     def _train_together(self, settings: list[StageSettings]) -> list[dict[str, Any]]:
         states = PassingStates(self.activations, self.layer_map)
         stages = [self._stage(block, states) for block in range(self.student.num_blocks)]
-        for stage in stages:
-            self._start_stitch(stage)
+        name = "all blocks"
+        if not self.journal.began(name):
+            for stage in stages:
+                self._start_stitch(stage)
         try:
-            results = self.train_together("all blocks", stages, settings)
+            results = self.train_together(name, stages, settings)
         finally:
             states.forget()  # the head phase needs the room
         return [self._write_row(*done) for done in zip(stages, results, strict=True)]

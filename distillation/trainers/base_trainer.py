@@ -6,47 +6,32 @@ It knows no block and no head: a :class:`~distillation.stages.Stage` says what i
 
 import logging
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cleangpt.blocks import BlockStack
 from cleangpt.errors import InputError, UsageError
 from cleangpt.metrics_log import RunProgress
 from cleangpt.run_directory import RunDirectory
-from cleangpt.runtime.compiling import compiled
-from cleangpt.runtime.device import seed_generators
 from cleangpt.runtime.fused_gelu import fused_gelu
-from cleangpt.runtime.module_state import (
-    preserved_modes,
-    tensors_checksum,
-    tensors_fingerprint,
-)
+from cleangpt.runtime.module_state import preserved_modes, tensors_fingerprint
 from cleangpt.runtime.precision import choose_precision
 from cleangpt.runtime.ranks import RowShares, join
-from distillation.activations import Activations, rows_of
+from distillation.activations import Activations
 from distillation.batch import Batch, as_batch
 from distillation.cache_plan import positions_in
 from distillation.config import DistillationConfig, StageSettings
-from distillation.preflight import (
-    check_batch,
-    check_same_batches,
-    check_structure,
-    check_vocabulary,
-)
+from distillation.journal import Journal
+from distillation.preflight import check_batch, check_structure, check_vocabulary
 from distillation.stages import Stage
-from distillation.trainers.stage_loop import (
-    StageLoop,
-    StageResult,
-    build_optimizer,
-    derived_seed,
-    grouped,
-)
+from distillation.trainers.stage_group import StageGroup
+from distillation.trainers.stage_loop import StageResult
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +89,7 @@ class BaseDistillationTrainer:
         precision = choose_precision(config.precision, self.device, self.student.hidden_size)
         self.precision = self.ranks.from_main(precision)  # each measures for itself
         self.progress = RunProgress(1)
+        self.journal = Journal({"student": student_model}, self.ranks, minutes=0.0, steps=0)
         for stack in (self.teacher, self.student):
             check_structure(stack)
         check_vocabulary(self.teacher, self.student, tokenizer)
@@ -138,7 +124,7 @@ class BaseDistillationTrainer:
         }
 
     @contextmanager
-    def running(self, num_stages: int, overwrite: bool) -> Iterator[None]:
+    def running(self, num_stages: int, overwrite: bool, resume: bool = False) -> Iterator[None]:
         """Everything around the stages of one call.
 
         Both models on the device, the run's directory held, and afterwards the modes, the random
@@ -157,7 +143,7 @@ class BaseDistillationTrainer:
             # Asked for exactness, the teacher computes as it does anywhere else.
             nullcontext() if exact else fused_gelu(self.teacher_model, self.student_model),
             self.precision.tensor_cores(self.device),
-            self.run.opened(self.about_run(), overwrite=overwrite),
+            self.run.opened(self.about_run(), overwrite=overwrite, resume=resume),
             self.ranks.after_main(),
             self.activations.opened(
                 self.config,
@@ -180,6 +166,11 @@ class BaseDistillationTrainer:
             if hasattr(owner, "set_epoch"):
                 owner.set_epoch(epoch)
         yield from self._checked(self.train_dataloader)
+
+    def held_out_batches(self) -> Iterator[Batch]:
+        """The held-out batches; none without a validation_dataloader."""
+        if self.validation_dataloader is not None:
+            yield from self._checked(self.validation_dataloader)
 
     def _checked(self, loader: Any) -> Iterator[Batch]:
         for raw in loader:
@@ -208,10 +199,8 @@ class BaseDistillationTrainer:
     ) -> list[StageResult]:
         """Train stages on the same batches, each with an optimizer of its own.
 
-        For each batch the stages take their steps in order. The stages' modules are in train mode
-        and everything else of both models in eval mode; only the stages' tensors get gradients and
-        reach the optimizers. Afterwards a checksum proves that no other tensor of the student
-        moved.
+        For each batch the stages take their steps in order. Afterwards a checksum proves that no
+        other tensor of the student moved. What a resumed run had finished is not done again.
 
         Args:
             name: What the progress bar says.
@@ -221,41 +210,14 @@ class BaseDistillationTrainer:
         Raises:
             NonFiniteError: After ``max_nonfinite_in_a_row`` skipped batches in a row.
         """
-        self._only_train(stages)
-        steps = self.steps_per_epoch()
-        loops = [
-            StageLoop(
-                stage,
-                self.config,
-                own,
-                build_optimizer(self.optimizer_cls, stage, own),
-                steps * own.epochs,
-                self.precision,
-                self.ranks,
-            )
-            for stage, own in zip(stages, settings, strict=True)
-        ]
-        before = self._frozen_checksum(stages)
-        self.progress.start_stage(name, sum(loop.total_steps for loop in loops))
-        started_at = time.perf_counter()
-        modules = [module for stage in stages for module in stage.compilable()]
-        try:
-            with compiled(modules if self.config.compile_blocks else ()):
-                self._validate([loop for loop in loops if loop.settings.epochs])
-                for epoch in range(max(own.epochs for own in settings)):
-                    if not self._train_epoch(loops, epoch):
-                        break
-        finally:
-            self.progress.end_stage()
-            for loop in loops:  # a finished stage's gradients would stay for the whole run
-                loop.optimizer.zero_grad(set_to_none=True)
-        for loop in loops:
-            loop.restore_best()
-            loop.result.seconds = (time.perf_counter() - started_at) / len(loops)
-            loop.result.summary = loop.stage.summary(self.ranks)
-        if self._frozen_checksum(stages) != before:
-            raise AssertionError(f"{name} changed tensors it does not train.")
-        return [loop.result for loop in loops]
+        known = self.journal.finished(name)
+        if known is not None:
+            logger.info("%s was finished before the run stopped.", name)
+            self.progress.skip_stage()
+            return [StageResult(**values) for values in known]
+        results = StageGroup(self, name, stages, settings).run()
+        self.journal.finish(name, [asdict(result) for result in results])
+        return results
 
     def write_logit_row(self, kind: str, result: StageResult, rate: str) -> dict[str, Any]:
         """Write down what a stage on logits did, and say so.
@@ -302,94 +264,8 @@ class BaseDistillationTrainer:
             )
         return math.ceil(num_batches / self.config.gradient_accumulation_steps)
 
-    def _train_epoch(self, all_loops: list[StageLoop], epoch: int) -> bool:
-        """Train the stages that are not done yet; return whether there were any."""
-        loops = [
-            loop for loop in all_loops if epoch < loop.settings.epochs and not loop.has_stopped
-        ]
-        if not loops:
-            return False
-        for loop in all_loops:
-            for module in loop.stage.modules().values():
-                module.train(loop in loops)
-        seed = derived_seed(self.config.seed, loops[0].stage.name, f"epoch {epoch}")
-        seed_generators(seed, self.device)
-        for loop in loops:
-            loop.stage.start_epoch()
-            loop.start_epoch()
-        size = self.config.gradient_accumulation_steps
-        for index, micro_batches in enumerate(grouped(self.batches(epoch), size)):
-            if index == 0:
-                check_same_batches(self.ranks, micro_batches[0])
-            shares = [self._share(batch) for batch in micro_batches]
-            for loop in loops:
-                loop.step(micro_batches, shares)
-                self.progress.advance()
-            step = loops[0].step_index
-            last = any(loop.step_index == loop.total_steps for loop in loops)
-            if last or step % self.config.log_interval == 0:
-                losses, speeds = zip(*(loop.log(self.run) for loop in loops), strict=True)
-                mean_loss, done = sum(losses) / len(losses), step * len(loops)
-                self.progress.show(done, mean_loss, sum(speeds))
-        for loop in loops:
-            loop.end_epoch(self.run, epoch)
-            self.after_epoch(loop.stage, epoch)
-        self._validate(loops)
-        return True
-
-    @torch.no_grad()
-    def _validate(self, loops: list[StageLoop]) -> None:
-        """Take the stages' losses on held-out data, and remember which weights were best."""
-        if self.validation_dataloader is None:
-            return
-        for loop in loops:
-            for module in loop.stage.modules().values():
-                module.eval()
-        sums, counts = torch.zeros(2, len(loops), dtype=torch.float64)
-        for whole in self._checked(self.validation_dataloader):
-            batch = self._share(whole)
-            for index, loop in enumerate(loops):
-                count = 0 if batch is None else loop.stage.count(batch)
-                if batch is not None and count:
-                    with self.precision.autocast(self.device):
-                        sums[index] += float(loop.stage.held_out_loss(batch)) * count
-                    counts[index] += count
-        self._sum(sums, counts)
-        for loop, total, count in zip(loops, sums.tolist(), counts.tolist(), strict=True):
-            loop.keep_best(total / max(1, count), self.run)
-
-    def _sum(self, *numbers: Tensor) -> None:
-        """Sum small tensors of the host over all processes, in place."""
-        on_device = [tensor.to(self.device) for tensor in numbers]
-        self.ranks.sum(on_device)
-        for tensor, total in zip(numbers, on_device, strict=True):
-            tensor.copy_(total)
-
-    def _share(self, batch: Batch) -> Batch | None:
-        """What this process computes of a batch; None is nothing."""
-        if self.ranks.count == 1:
-            return batch
-        rows = self.shares.own(batch.row_keys)
-        return rows_of(batch, rows) if rows else None
-
     def after_epoch(self, stage: Stage, epoch: int) -> None:
         """Called after each epoch of a stage; does nothing here."""
-
-    def _only_train(self, stages: Sequence[Stage]) -> None:
-        for model in (self.teacher_model, self.student_model):
-            model.eval().requires_grad_(False)
-        for stage in stages:
-            for module in stage.modules().values():
-                module.train()
-            for parameter in stage.trainable_parameters().values():
-                parameter.requires_grad_(True)
-
-    def _frozen_checksum(self, stages: Sequence[Stage]) -> str:
-        trained = {
-            id(parameter) for stage in stages for parameter in stage.trainable_parameters().values()
-        }
-        state = self.student_model.state_dict(keep_vars=True)
-        return tensors_checksum((n, t) for n, t in state.items() if id(t) not in trained)
 
 
 def count_parameters(model: nn.Module) -> int:

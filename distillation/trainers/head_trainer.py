@@ -161,11 +161,11 @@ class HeadDistillationTrainer(BaseDistillationTrainer):
     def _prepare_and_train(self, settings: StageSettings, from_teacher: bool) -> dict[str, Any]:
         if self.config.head_tying == "untie" and untie_lm_head(self.student):
             logger.info("The head was tied to the embeddings; it has its own weight from here on.")
-        if from_teacher:
-            self._start_from_teacher()
         stage = HeadStage(
             self.activations, self.logit_loss_fn, loss_weight=self.config.logit_loss_weight
         )
+        if from_teacher and not self.journal.began(stage.name):
+            self._start_from_teacher()
         result = self.train_stage(stage, settings)
         if settings.epochs == 0:
             logger.info("The head stays as it starts: no epoch of its own was asked for.")

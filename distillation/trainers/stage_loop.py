@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -24,10 +24,16 @@ from cleangpt.runtime.ranks import Ranks
 from cleangpt.schedules import learning_rate_factor
 from distillation.batch import Batch
 from distillation.config import DistillationConfig, StageSettings
+from distillation.journal import load_optimizer, optimizer_tensors
 from distillation.stages import Stage
 
 logger = logging.getLogger(__name__)
 
+COUNTERS = (
+    *("step_index", "has_stopped", "_nonfinite_in_a_row", "_last_loss", "_last_norm"),
+    *("_loss_sum", "_positions"),
+)
+"""What a loop counts, to be saved with it."""
 HAVE_FUSED_FORMS = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
 
 
@@ -164,6 +170,32 @@ class StageLoop:
         for parameter, best in zip(self.parameters, self._best_weights, strict=False):
             parameter.copy_(best)
         self._best_weights = []
+
+    def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything that the next step depends on, except for the modules' weights."""
+        self._gather()
+        tensors, values = optimizer_tensors(self.optimizer)
+        named = {f"optimizer/{name}": tensor for name, tensor in tensors.items()}
+        named |= {f"best/{index}": tensor for index, tensor in enumerate(self._best_weights)}
+        measured = self.stage.measured(self.ranks)
+        named |= {f"measured/{name}": tensor for name, tensor in measured.items()}
+        counters = {name: getattr(self, name) for name in COUNTERS}
+        return named, {"optimizer": values, "counters": counters, "result": asdict(self.result)}
+
+    def go_on(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Take up what :meth:`saved` returned."""
+        parts: dict[str, dict[str, Tensor]] = {"optimizer": {}, "best": {}, "measured": {}}
+        for name, tensor in tensors.items():
+            part, key = name.split("/", 1)
+            parts[part][key] = tensor.to(self.device)
+        load_optimizer(self.optimizer, parts["optimizer"], values["optimizer"])
+        best = parts["best"]
+        self._best_weights = [best[str(index)] for index in range(len(best))]
+        self.stage.go_on_measuring(parts["measured"], self.ranks)
+        for name, value in values["counters"].items():
+            setattr(self, name, value)
+        self.result = StageResult(**values["result"])
+        self._logged_tokens = self.result.tokens
 
     def step(self, micro_batches: list[Batch], shares: list[Batch | None]) -> None:
         """One optimizer step: count, backward, sum over processes, clip, check, step.

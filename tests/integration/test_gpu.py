@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from distillation.trainers.stage_group import StageGroup
 from tests.builders import STUDENTS, batches, tiny_student, tiny_teacher
 
 pytestmark = [
@@ -80,8 +81,8 @@ def test_a_step_never_waits_for_the_device(tmp_path: Path) -> None:
     trainer.student_model.to(device)
     trainer.stitches = trainer._new_stitches()
     stage = trainer._stage(1, trainer.activations)
-    trainer._only_train([stage])
     settings = StageSettings(epochs=1, lr=1e-3)
+    StageGroup(trainer, "block-01", [stage], [settings])  # puts models into their modes
     optimizer = build_optimizer(torch.optim.AdamW, stage, settings)
     loop = StageLoop(
         stage, trainer.config, settings, optimizer, 10, trainer.precision, trainer.ranks

@@ -41,6 +41,8 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "blocks": st.one_of(st.none(), st.lists(st.integers(0, 99), min_size=1, max_size=9)),
     "precision": st.sampled_from(PRECISIONS),
     "compile_blocks": st.booleans(),
+    "checkpoint_minutes": st.floats(0.0, 1e4),
+    "checkpoint_steps": st.integers(0, 10**6),
     "log_interval": st.integers(1, 999),
     "hidden_state_pictures": st.booleans(),
     "seed": st.integers(0, 2**31),

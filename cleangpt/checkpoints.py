@@ -1,0 +1,216 @@
+"""Checkpoints of a run: folders that are complete and verified, or invisible.
+
+A checkpoint is ``step-00000123/`` with ``tensors.safetensors``, ``state.json`` and, written last,
+``MANIFEST.json`` with the size and SHA-256 of both. It is made under a temporary name beside its
+final one, synced, renamed, read back and verified; only then older ones are deleted, and only those
+this run wrote. Nothing in it is ever executed. What the tensors mean is not known here.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import re
+import shutil
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cleangpt.errors import CheckpointError
+from cleangpt.run_directory import disk_errors_explained, follow_umask_and_sync, sync_folder
+
+logger = logging.getLogger(__name__)
+
+KEPT = 2
+"""Verified checkpoints that stay; a damaged newest one then still leaves another."""
+FORMAT_VERSION = 1
+_NAME = re.compile(r"step-(\d{8})")
+_FILES = ("tensors.safetensors", "state.json")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was saved.
+
+    Args:
+        step: Optimizer steps of the run until then.
+        tensors: By name, on the CPU.
+        state: Everything else, plain JSON data.
+    """
+
+    step: int
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run in a folder.
+
+    Args:
+        folder: Where they are; made with the first one.
+        run_id: Whose they are; those of other runs are neither read nor deleted.
+        writes: Whether this process writes and deletes, and does not only read.
+    """
+
+    def __init__(self, folder: Path, run_id: str, *, writes: bool = True) -> None:
+        self.folder = folder
+        self.run_id = run_id
+        self.writes = writes
+
+    def save(self, checkpoint: Checkpoint) -> Path:
+        """Write one, verify it, and delete those of this run that are older than the one before.
+
+        Raises:
+            CheckpointError: If a tensor is not finite, or what was written cannot be read back.
+            EnvironmentProblem: If it cannot be written; earlier ones are then untouched.
+        """
+        broken = [
+            name
+            for name, tensor in checkpoint.tensors.items()
+            if tensor.is_floating_point() and not tensor.isfinite().all()
+        ]
+        if broken:
+            raise CheckpointError(
+                f"{len(broken)} tensors hold NaN or infinite numbers, the first is {broken[0]};"
+                " no checkpoint was written.",
+                "Lower the learning rate, and go on from the last checkpoint (--resume).",
+            )
+        target = self.folder / f"step-{checkpoint.step:08d}"
+        temporary = self.folder / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
+        try:
+            with disk_errors_explained(self.folder):
+                temporary.mkdir(parents=True)
+                self._fill(temporary, checkpoint)
+                if target.exists():
+                    shutil.rmtree(target)
+                temporary.replace(target)
+                sync_folder(self.folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        problem = self._problem(target)
+        if problem:
+            raise CheckpointError(
+                f"{target} does not hold what was just written: {problem}.",
+                "The disk may be failing; choose an output_dir on another one.",
+            )
+        for old in self._own()[KEPT:]:
+            shutil.rmtree(old, ignore_errors=True)
+        return target
+
+    def newest(self) -> Checkpoint | None:
+        """The newest one that verifies; None if there is none of this run at all.
+
+        Raises:
+            CheckpointError: If there are some and all are damaged: no run starts over silently.
+        """
+        for stale in self.folder.glob(".step-*.tmp") if self.writes else ():
+            shutil.rmtree(stale, ignore_errors=True)
+        problems = []
+        for path in self._own():
+            problem = self._problem(path)
+            if problem is None:
+                return _read(path)
+            problems.append(f"{path.name}: {problem}")
+            logger.warning("Checkpoint %s is not used: %s.", path, problem)
+        if problems:
+            raise CheckpointError(
+                f"No checkpoint in {self.folder} can be used ({'; '.join(problems)}).",
+                "Restore one of them from a copy, or start again with --overwrite.",
+            )
+        return None
+
+    def remove(self) -> None:
+        """Delete this run's checkpoints, once its result is safe."""
+        if not self.writes:
+            return
+        for path in self._own():
+            shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):  # something of another's is there
+            self.folder.rmdir()
+
+    def _fill(self, folder: Path, checkpoint: Checkpoint) -> None:
+        tensors = {name: t.detach().cpu().contiguous() for name, t in checkpoint.tensors.items()}
+        seen: set[int] = set()
+        for name, tensor in tensors.items():  # safetensors refuses memory that is shared
+            if tensor.data_ptr() in seen:
+                tensors[name] = tensor.clone()
+            seen.add(tensor.data_ptr())
+        save_file(tensors, folder / _FILES[0])
+        (folder / _FILES[1]).write_text(json.dumps(checkpoint.state), encoding="utf-8")
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "run_id": self.run_id,
+            "step": checkpoint.step,
+            "files": {name: _digest(folder / name) for name in _FILES},
+        }
+        (folder / "MANIFEST.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+        for file in folder.iterdir():
+            follow_umask_and_sync(file)
+        sync_folder(folder)
+
+    def _own(self) -> list[Path]:
+        """This run's checkpoints, the newest first; what cannot be told is taken for its own."""
+        if not self.folder.is_dir():
+            return []
+        found = [p for p in self.folder.iterdir() if p.is_dir() and _NAME.fullmatch(p.name)]
+        return sorted((p for p in found if self._is_own(p)), reverse=True)
+
+    def _is_own(self, path: Path) -> bool:
+        manifest = _manifest(path)
+        return manifest is None or manifest.get("run_id") == self.run_id
+
+    def _problem(self, path: Path) -> str | None:
+        """Why a checkpoint cannot be used; None if it is whole."""
+        manifest = _manifest(path)
+        if manifest is None:
+            return "its MANIFEST.json is missing or damaged"
+        if manifest.get("format_version") != FORMAT_VERSION:
+            return f"its format version is {manifest.get('format_version')!r}"
+        files = manifest.get("files")
+        for name in _FILES:
+            expected = files.get(name) if isinstance(files, dict) else None
+            if not (path / name).is_file():
+                return f"{name} is missing"
+            if expected != _digest(path / name):
+                return f"{name} is not what was written (SHA-256)"
+        return None
+
+
+def _manifest(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads((path / "MANIFEST.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _read(path: Path) -> Checkpoint:
+    """Read a verified checkpoint.
+
+    Raises:
+        CheckpointError: If it was whole and still cannot be understood.
+    """
+    try:
+        tensors = load_file(path / _FILES[0])
+        state = json.loads((path / _FILES[1]).read_text(encoding="utf-8"))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error}",
+            "It was written by other software; start again with --overwrite.",
+        ) from error
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return Checkpoint(int(match[1]), tensors, state)

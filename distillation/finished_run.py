@@ -1,0 +1,91 @@
+"""What a finished run leaves: the student as one file and as a HuggingFace folder."""
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cleangpt.blocks import BlockStack
+from cleangpt.errors import CheckpointError
+from cleangpt.run_directory import RunDirectory, check_same_run
+from distillation.head_init import untie_lm_head
+from distillation.journal import check_same_settings
+from distillation.utils.checkpoint import load_checkpoint, save_checkpoint
+
+logger = logging.getLogger(__name__)
+
+FINAL_NAME = "student_model_final_distilled.pt"
+
+
+def save_student(
+    run: RunDirectory,
+    student: nn.Module,
+    fill: Callable[[Path], object],
+    layer_map: Sequence[int],
+    results: dict[str, Any],
+) -> None:
+    """Write the student, and read the file back.
+
+    Args:
+        run: Where.
+        student: The model.
+        fill: Writes it into a folder as transformers reads it.
+        layer_map: The teacher block of each student block.
+        results: What the stages returned.
+
+    Raises:
+        CheckpointError: If a weight is not finite, or the file does not hold what was written.
+    """
+    if not run.writes:
+        return
+    run.write_folder("final", fill)
+    path = save_checkpoint(
+        student,
+        run.path / FINAL_NAME,
+        run_id=run.run_id,
+        layer_map=list(layer_map),
+        backbone_losses=results["backbone_losses"],
+        head_loss=results["head_loss"],
+        polish_loss=results["polish_loss"],
+    )
+    stored = load_checkpoint(path)["model_state_dict"]
+    state = student.state_dict()
+    if any(not torch.equal(stored[name], tensor.cpu()) for name, tensor in state.items()):
+        raise CheckpointError(
+            f"{path} does not hold what was just written to it.",
+            "The disk may be failing; choose an output_dir on another one.",
+        )
+    logger.info("The student is in %s and, for transformers, in %s.", path, path.parent / "final")
+
+
+def fill_folder(student: Any, tokenizer: Any, folder: Path) -> None:
+    """Write student and tokenizer as transformers reads them."""
+    student.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def finished_results(
+    run: RunDirectory, about: dict[str, Any], settings: dict[str, Any], student: BlockStack
+) -> dict[str, Any] | None:
+    """What a run that is done returned, and its weights for the student; None if it is not.
+
+    Raises:
+        CheckpointError: If it was another run, or its file is damaged.
+    """
+    manifest = run.manifest()
+    if manifest is None or manifest.get("status") != "done" or "results" not in manifest:
+        return None
+    check_same_run(manifest, about, run.path)
+    check_same_settings(run.path / "config.json", settings)
+    path = run.path / FINAL_NAME
+    was_untied = not load_checkpoint(path)["config"].get("tie_word_embeddings", True)
+    if was_untied:
+        untie_lm_head(student)
+    load_checkpoint(path, student.model)
+    logger.info("The run in %s is done; nothing is left to do.", run.path)
+    results: dict[str, Any] = manifest["results"]
+    return results

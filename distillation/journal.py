@@ -1,0 +1,250 @@
+"""How far a run has come, so that a stopped one ends with the bits of one that never stopped.
+
+The run is replayed: the same code goes through the same stages in the same order. A stage that was
+finished returns what it returned then; the one that was interrupted gets its weights, optimizer and
+sums back and goes on in the middle of its epoch. This works because everything random is a function
+of the seed and the place in the run, batches among it. Files are in ``cleangpt/checkpoints.py``.
+"""
+
+import json
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from cleangpt.checkpoints import Checkpoint, Checkpoints
+from cleangpt.errors import CheckpointError, Stopped
+from cleangpt.metrics_log import MetricsLog, without_nonfinite
+from cleangpt.runtime.ranks import Ranks
+from cleangpt.runtime.stopping import StopRequest
+
+logger = logging.getLogger(__name__)
+
+Tensors = dict[str, Tensor]
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where inside a stage a run is.
+
+    Args:
+        epoch: Epochs that are done.
+        steps: Optimizer steps done of the next one.
+    """
+
+    epoch: int
+    steps: int
+
+
+class Journal:
+    """What is finished, what is going on, and the checkpoints that say so.
+
+    Args:
+        modules: All modules whose weights the run may change, by name; a trainer adds its own.
+        ranks: The processes of the run; the first one alone writes.
+        minutes: Between two checkpoints inside a stage, besides those at its end; 0 makes none
+            inside.
+        steps: Optimizer steps between two more; 0 makes none.
+    """
+
+    def __init__(
+        self, modules: dict[str, nn.Module], ranks: Ranks, minutes: float, steps: int
+    ) -> None:
+        self.modules = modules
+        self.stop = StopRequest()
+        self._ranks = ranks
+        self._minutes, self._steps = minutes, steps
+        self._checkpoints: Checkpoints | None = None
+        self._metrics = MetricsLog(None)
+        self._finished: list[tuple[str, list[Values]]] = []
+        self._resumed: Checkpoint | None = None
+        self._count = 0
+        self._saved_at = time.monotonic()
+
+    def open(self, checkpoints: Checkpoints, metrics: MetricsLog, *, resume: bool) -> bool:
+        """Begin the run, or find where it stopped; return whether there is something to go on from.
+
+        Raises:
+            CheckpointError: If there are checkpoints and all are damaged.
+        """
+        self._checkpoints, self._metrics = checkpoints, metrics
+        self._finished, self._resumed, self._count = [], None, 0
+        self._saved_at = time.monotonic()
+        self._resumed = checkpoints.newest() if resume else None
+        if self._resumed is not None:
+            self._count = self._resumed.step
+            self._metrics.pause()
+            logger.info("Going on from step %d, %s.", self._count, self._resumed.state["where"])
+        elif resume:
+            self._metrics.go_on(0)  # nothing was saved: all begins anew
+        return self._resumed is not None
+
+    def began(self, name: str) -> bool:
+        """Whether the stage was begun before the run stopped: what prepares it was done then."""
+        if self._resumed is None:
+            return False
+        state = self._resumed.state
+        current = state["current"]
+        return name in state["finished"] or (current is not None and current["name"] == name)
+
+    def finished(self, name: str) -> list[Values] | None:
+        """What the stage returned, if it was finished before the run stopped."""
+        if self._resumed is None or name not in self._resumed.state["finished"]:
+            return None
+        results: list[Values] = self._resumed.state["finished"][name]
+        self._finished.append((name, results))
+        is_last = len(self._finished) == len(self._resumed.state["finished"])
+        if is_last and self._resumed.state["current"] is None:
+            self._arrive(self._resumed)
+        return results
+
+    def interrupted(self, name: str) -> tuple[Place, Tensors, Values] | None:
+        """Where the stage was when the run stopped, and its own state; its weights are put back."""
+        if self._resumed is None:
+            return None
+        current = self._resumed.state["current"]
+        if current is None or current["name"] != name:
+            raise CheckpointError(
+                f"The checkpoint was made at {self._resumed.state['where']}, and the run is at"
+                f" {name} without having come by there.",
+                "Go on with the command that began the run, or start again with --overwrite.",
+            )
+        saved = self._resumed
+        self._arrive(saved)
+        own = {n.removeprefix("stage/"): t for n, t in saved.tensors.items() if "stage/" in n[:6]}
+        return Place(current["epoch"], current["steps"]), own, current["values"]
+
+    def step_done(self) -> bool:
+        """Count an optimizer step; return whether to save now, as all processes agree."""
+        self._count += 1
+        due = self._steps > 0 and self._count % self._steps == 0
+        if self._minutes:
+            due = due or time.monotonic() - self._saved_at > 60 * self._minutes
+        return self._ranks.any(due or self.stop.signal is not None)
+
+    def save(self, name: str, place: Place, tensors: Tensors, values: Values) -> None:
+        """Save in the middle of a stage, and stop there if that was asked.
+
+        Raises:
+            Stopped: If a signal came.
+        """
+        current = {"name": name, "epoch": place.epoch, "steps": place.steps, "values": values}
+        where = f"{name}, epoch {place.epoch}, step {place.steps}"
+        self._write(where, current, {f"stage/{key}": value for key, value in tensors.items()})
+        if self._ranks.any(self.stop.signal is not None):
+            number = int(self.stop.signal or 15)
+            raise Stopped(
+                f"stopped by signal {number} at {where}; everything until there is saved",
+                "Start the same command again with --resume to go on.",
+                128 + number,
+            )
+
+    def finish(self, name: str, results: list[Values]) -> None:
+        """Save at the end of a stage."""
+        self._finished.append((name, results))
+        self._write(f"the end of {name}", None, {})
+
+    def _write(self, where: str, current: Values | None, tensors: Tensors) -> None:
+        self._saved_at = time.monotonic()
+        if self._checkpoints is None or not self._ranks.is_main:
+            return
+        weights = {
+            f"weights/{name}/{key}": tensor
+            for name, module in self.modules.items()
+            for key, tensor in module.state_dict().items()
+        }
+        state = {
+            "where": where,
+            "finished": dict(self._finished),
+            "current": current,
+            "metrics_bytes": self._metrics.size(),
+        }
+        self._checkpoints.save(Checkpoint(self._count, {**weights, **tensors}, state))
+
+    def _arrive(self, saved: Checkpoint) -> None:
+        """Put the weights back and begin to write again where the checkpoint was made."""
+        for name, module in self.modules.items():
+            prefix = f"weights/{name}/"
+            own = {
+                key.removeprefix(prefix): tensor
+                for key, tensor in saved.tensors.items()
+                if key.startswith(prefix)
+            }
+            try:
+                module.load_state_dict(own, strict=True)
+            except RuntimeError as error:
+                raise CheckpointError(
+                    f"The checkpoint does not fit the {name}: {' '.join(str(error).split())[:200]}",
+                    "Go on with the command that began the run, or start again with --overwrite.",
+                ) from error
+        self._metrics.go_on(saved.state["metrics_bytes"])
+        self._resumed = None
+
+
+CHANGEABLE = (
+    *("log_interval", "hidden_state_pictures", "checkpoint_minutes", "checkpoint_steps"),
+    *("activation_cache", "activation_cache_gb", "keep_activations"),
+)
+"""Settings that decide no weight."""
+
+
+def check_same_settings(path: Path, settings: Values) -> None:
+    """Refuse to go on with other settings than a run began with.
+
+    Args:
+        path: The run's ``config.json``.
+        settings: Those of now.
+
+    Raises:
+        CheckpointError: Listing what differs.
+    """
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    now = json.loads(json.dumps(without_nonfinite(settings)))
+    different = [
+        f"{name} was {earlier.get(name)!r} and is {now.get(name)!r}"
+        for name in sorted(earlier.keys() | now.keys())
+        if name not in CHANGEABLE and earlier.get(name) != now.get(name)
+    ]
+    if different:
+        raise CheckpointError(
+            f"The run in {path.parent} has other settings: {'; '.join(different)}.",
+            "Go on with the command that began it, or choose another output_dir.",
+        )
+
+
+def optimizer_tensors(optimizer: Any) -> tuple[Tensors, Values]:
+    """An optimizer's state as tensors and plain numbers, by parameter and name.
+
+    Raises:
+        CheckpointError: If it holds something else.
+    """
+    tensors: Tensors = {}
+    values: Values = {}
+    for index, state in optimizer.state_dict()["state"].items():
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}/{key}"] = value
+            elif value is None or isinstance(value, (bool, int, float, str)):
+                values[f"{index}/{key}"] = value
+            else:
+                raise CheckpointError(
+                    f"{type(optimizer).__name__} keeps a {type(value).__name__} under {key!r};"
+                    " a checkpoint cannot hold that.",
+                    "Use another optimizer_cls, or make no checkpoints inside stages"
+                    " (checkpoint_minutes=0).",
+                )
+    return tensors, values
+
+
+def load_optimizer(optimizer: Any, tensors: Tensors, values: Values) -> None:
+    """Give an optimizer back what :func:`optimizer_tensors` returned."""
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in {**tensors, **values}.items():
+        index, key = name.split("/", 1)
+        state.setdefault(int(index), {})[key] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
