@@ -126,9 +126,24 @@ def test_a_process_that_dies_stops_all_and_leaves_the_directory_usable(place: Pa
     run(place, "dies", (), 1, "--overwrite")
 
 
-def wait_for(path: Path) -> None:
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(place: Path) -> None:
+    one = run(place, "straight", (), 1)
+    flags = ("--resume", "--checkpoint_steps", "3")
+    counts = iter([2, 3, 1])
+    for lines in (30, 60):
+        words = [*command(place, "changed", TORCHRUN, next(counts)), *flags]
+        with subprocess.Popen(words, env=environment(), stderr=subprocess.DEVNULL) as launched:
+            wait_for(place / "changed" / "metrics.jsonl", lines)
+            launched.terminate()
+            assert launched.wait(timeout=120) != 0
+        assert json.loads((place / "changed" / "manifest.json").read_text())["status"] == "stopped"
+    assert_same(one, run(place, "changed", (), next(counts), *flags))
+
+
+def wait_for(path: Path, lines: int = 1) -> None:
     end = time.monotonic() + 120
-    while not path.is_file() or not path.stat().st_size:
+    while not path.is_file() or path.read_bytes().count(b"\n") < lines:
         assert time.monotonic() < end, f"{path} does not come"
         time.sleep(0.1)
 

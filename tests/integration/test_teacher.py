@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-from cleangpt.errors import EnvironmentProblem
+from cleangpt.errors import EnvironmentProblem, InputError
 from cleangpt.runtime.module_state import tensors_fingerprint
 from cleangpt.teacher import load_teacher
 from cleangpt.teacher_source import check_teacher_name, find_teacher
@@ -77,6 +77,20 @@ def test_pytorch_bin_weights_load(tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
     assert load_teacher(name).fingerprint == tensors_fingerprint(model.named_parameters())
+
+
+def test_sharded_weights_load(tmp_path: Path) -> None:
+    model = build("llama")
+    name = save(tmp_path / "whole", model)
+    shards = tmp_path / "shards"
+    save(shards, model)
+    (shards / "model.safetensors").unlink()
+    model.save_pretrained(shards, max_shard_size="20KB")
+    assert len(list(shards.glob("model-*-of-*.safetensors"))) > 2
+    assert load_teacher(str(shards)).fingerprint == load_teacher(name).fingerprint
+    next(shards.glob("model-00002-of-*.safetensors")).unlink()
+    with pytest.raises(InputError, match="cannot be read"):
+        load_teacher(str(shards))
 
 
 def test_fingerprint_sees_values_and_names() -> None:
