@@ -6,6 +6,7 @@ and says so.
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from distillation.evaluation.hidden_states import (
     fit_stitches,
     measure_blocks,
 )
+from distillation.evaluation.hybrids import can_be_mixed, score_hybrids
 from distillation.evaluation.results import HiddenResult
 from distillation.evaluation.scoring_windows import Window, plan_windows, window_batches
 from distillation.layer_map import uniform_layer_map
@@ -43,6 +45,24 @@ def compare_hidden_states(
     if chosen_map is None:
         return None
     windows = plan_windows(len(token_ids), seq_len, seq_len)
+    result = _compare(student, teacher, token_ids, windows, batch_size, stitches, chosen_map, notes)
+    if result is not None and can_be_mixed(student, teacher):
+        batches = window_batches(token_ids, windows, batch_size)
+        result["hybrids"] = score_hybrids(student, teacher, chosen_map, batches)
+    return result
+
+
+def _compare(
+    student: BlockStack,
+    teacher: BlockStack,
+    token_ids: Sequence[int],
+    windows: Sequence[Window],
+    batch_size: int,
+    stitches: StitchingLayers | None,
+    chosen_map: Sequence[int],
+    notes: list[str],
+) -> HiddenResult | None:
+    """The error of every block through the stitches there are, or fitted ones."""
 
     def pairs(chosen: Sequence[Window]) -> Iterator[BlockPairs]:
         for batch in window_batches(token_ids, chosen, batch_size):
@@ -71,10 +91,13 @@ def compare_hidden_states(
 
 
 def _measure(
-    kind: str, pairs: Iterable[BlockPairs], layer_map: Sequence[int], stitches: Sequence[Stitch]
+    kind: Literal["saved", "identity", "least_squares"],
+    pairs: Iterable[BlockPairs],
+    layer_map: Sequence[int],
+    stitches: Sequence[Stitch],
 ) -> HiddenResult:
     blocks, num_positions = measure_blocks(pairs, layer_map, stitches)
-    return {"stitch": kind, "num_positions": num_positions, "blocks": blocks}  # type: ignore[typeddict-item]
+    return HiddenResult(stitch=kind, num_positions=num_positions, blocks=blocks, hybrids=[])
 
 
 def _choose_layer_map(

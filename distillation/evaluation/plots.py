@@ -48,6 +48,8 @@ def draw_plots(result: EvaluationResult, theme: Theme = LIGHT) -> dict[str, byte
     if result["hidden_states"] is not None:
         plots["layer_mse.png"] = _png(_draw_layer_mse, result, theme, (6.4, 3.2))
         plots["relative_error.png"] = _png(_draw_relative_error, result, theme, (6.4, 3.2))
+        if result["hidden_states"]["hybrids"]:
+            plots["hybrids.png"] = _png(_draw_hybrids, result, theme, (6.4, 3.2))
     return plots
 
 
@@ -184,6 +186,26 @@ def _draw_relative_error(figure: Any, result: EvaluationResult, theme: Theme) ->
     _style(axes, theme, "Relative error per block (0 = perfect, dashed = mean predictor)", "y")
     axes.axhline(1.0, color=theme.text, linewidth=1, linestyle="--")
     axes.set_ylabel("relative error")
+
+
+def _draw_hybrids(figure: Any, result: EvaluationResult, theme: Theme) -> None:
+    """What student blocks cost inside the teacher."""
+    axes = figure.subplots()
+    assert result["hidden_states"] is not None, "draw_plots checks this"
+    hybrids = result["hidden_states"]["hybrids"]
+    positions = range(len(hybrids))
+    for color, label, values in (
+        (theme.bars[1], "this block alone", [hybrid["kl_alone"] for hybrid in hybrids]),
+        (theme.bars[2], "all up to this block", [hybrid["kl_chained"] for hybrid in hybrids]),
+    ):
+        axes.plot(positions, values, marker="o", color=color, label=label)
+    axes.set_ylim(bottom=0)
+    every = 1 + len(hybrids) // 20
+    axes.set_xticks(positions[::every], _block_labels(result)[::every])
+    _style(axes, theme, "The teacher with student blocks put in", "y")
+    axes.set_xlabel("student block")
+    axes.set_ylabel("KL to the teacher (nats)")
+    axes.legend(frameon=False, labelcolor=theme.text)
 
 
 def _vertical_bars(axes: Any, theme: Theme, labels: Sequence[str], values: Sequence[float]) -> None:

@@ -36,6 +36,7 @@ CAPTIONS = {
     "layer_mse.png": "Mean squared error of each student block against its teacher block. The "
     "scale of the teacher's states grows with depth, so compare blocks by the next picture.",
     "relative_error.png": "The same error relative to the best constant prediction (1.0).",
+    "hybrids.png": "The teacher with student blocks put in: what each costs alone, and together.",
 }
 STITCH_TEXTS = {
     "saved": "through the run's own stitching layers",
@@ -94,11 +95,10 @@ def report_markdown(
     ]
     parts += [f"![{CAPTIONS[name]}]({name})" for name in plot_names]
     if result["hidden_states"] is not None:
-        rows = tables.block_rows(result)
         parts += [
             "## Hidden states",
             _hidden_sentence(result),
-            tables.markdown_table(tables.BLOCK_COLUMNS, rows, markdown_line),
+            tables.markdown_table(*tables.block_table(result), markdown_line),
         ]
     if audit is not None:
         table = tables.markdown_table(*audit, markdown_line)
@@ -130,6 +130,8 @@ GLOSSARY = {
     "bits per byte": "the loss per byte of text; comparable between tokenizers.",
     "relative error": "squared error of a block's hidden states, divided by that of the teacher's "
     "own mean: 0 is perfect, 1 is what a constant reaches.",
+    "KL in the teacher": "KL to the teacher, in nats per token, of the teacher itself with this "
+    "student block in place of those it stands for; then with all student blocks before it too.",
     "tokens/s": "one window at a time; models take turns, and the median counts.",
     "decode tokens/s": "greedy generation with the cache, batch 1.",
 }
@@ -160,8 +162,8 @@ def report_html(
             (tables.MODEL_COLUMNS, tables.model_rows(result)),
             tables.detail_table(result),
         ],
-        block_columns=tables.BLOCK_COLUMNS,
-        block_rows=tables.block_rows(result),
+        block_columns=tables.block_table(result)[0],
+        block_rows=tables.block_table(result)[1],
         data_sentence=_data_sentence(result, clean_line(f"{data['name']} ({data['split']})")),
         hidden_sentence=_hidden_sentence(result),
         audit=audit,

@@ -144,6 +144,20 @@ class BlockError(TypedDict):
     cosine: float
 
 
+class HybridResult(TypedDict):
+    """The teacher with a student block in place of the blocks it stands for.
+
+    Keys:
+        student_block: Index from 0.
+        kl_alone: KL(teacher || hybrid) in nats per token with this block alone put in.
+        kl_chained: The same with all student blocks up to this one put in.
+    """
+
+    student_block: int
+    kl_alone: float
+    kl_chained: float
+
+
 class HiddenResult(TypedDict):
     """The hidden-state comparison of the student.
 
@@ -152,11 +166,13 @@ class HiddenResult(TypedDict):
             "least_squares" (none saved: fitted on every other window, measured on the rest).
         num_positions: Positions measured.
         blocks: One entry per student block.
+        hybrids: One entry per student block; none where states of the two models differ in width.
     """
 
     stitch: Literal["saved", "identity", "least_squares"]
     num_positions: int
     blocks: list[BlockError]
+    hybrids: list[HybridResult]
 
 
 class Generation(TypedDict):

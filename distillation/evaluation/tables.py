@@ -6,7 +6,7 @@ A value that was not measured shows as "-", one that is not finite as "NaN" or "
 import math
 from collections.abc import Callable, Sequence
 
-from distillation.evaluation.results import EvaluationResult, ModelResult
+from distillation.evaluation.results import EvaluationResult, HiddenResult, ModelResult
 from distillation.evaluation.safe_text import clean_line
 
 MODEL_COLUMNS = (
@@ -29,6 +29,7 @@ DETAIL_COLUMNS = (
     "peak memory",
 )
 BLOCK_COLUMNS = ("student block", "teacher block", "MSE", "relative error", "cosine")
+HYBRID_COLUMNS = ("KL in the teacher", "KL with all before it")
 
 
 def format_number(value: float | None, spec: str = ",.2f") -> str:
@@ -98,11 +99,23 @@ def detail_table(result: EvaluationResult) -> tuple[tuple[str, ...], list[tuple[
     return columns, [tuple(row[i] for i in kept) for row in rows]
 
 
-def block_rows(result: EvaluationResult) -> list[tuple[str, ...]]:
-    """Return the table of hidden states, in the order of ``BLOCK_COLUMNS``."""
+def block_table(result: EvaluationResult) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return columns and rows of the table of hidden states, and of hybrids if there are any."""
     hidden = result["hidden_states"]
     if hidden is None:
-        return []
+        return BLOCK_COLUMNS, []
+    rows = block_rows(hidden)
+    if not hidden["hybrids"]:
+        return BLOCK_COLUMNS, rows
+    costs = [
+        (format_number(hybrid["kl_alone"], ".4f"), format_number(hybrid["kl_chained"], ".4f"))
+        for hybrid in hidden["hybrids"]
+    ]
+    return (*BLOCK_COLUMNS, *HYBRID_COLUMNS), [r + c for r, c in zip(rows, costs, strict=True)]
+
+
+def block_rows(hidden: HiddenResult) -> list[tuple[str, ...]]:
+    """Return the table of hidden states, in the order of ``BLOCK_COLUMNS``."""
     return [
         (
             str(block["student_block"]),
