@@ -1,9 +1,10 @@
 """Checkpoints of a run: folders that are complete and verified, or invisible.
 
-A checkpoint is ``step-00000123/`` with ``tensors.safetensors``, ``state.json`` and, written last,
-``MANIFEST.json`` with the size and SHA-256 of both. It is made under a temporary name beside its
-final one, synced, renamed, read back and verified; only then older ones are deleted, and only those
-this run wrote. Nothing in it is ever executed. What the tensors mean is not known here.
+A checkpoint is ``step-00000123-1a2b3c4d/`` (a number that only grows, and whose run it is) with
+``tensors.safetensors``, ``state.json`` and, written last, ``MANIFEST.json`` with the size and
+SHA-256 of both. It is made under a temporary name beside its final one, synced, renamed, read back
+and verified; only then older ones are deleted, and only those this run wrote. Nothing in it is ever
+executed. What the tensors mean is not known here.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cleangpt.errors import CheckpointError
+from cleangpt.errors import CheckpointError, EnvironmentProblem
 from cleangpt.run_directory import disk_errors_explained, follow_umask_and_sync, sync_folder
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 KEPT = 2
 """Verified checkpoints that stay; a damaged newest one then still leaves another."""
 FORMAT_VERSION = 1
-_NAME = re.compile(r"step-(\d{8})")
+_NAME = re.compile(r"step-(\d{8})-([0-9a-f]{8})")
 _FILES = ("tensors.safetensors", "state.json")
 
 
@@ -38,7 +39,7 @@ class Checkpoint:
     """What was saved.
 
     Args:
-        step: Optimizer steps of the run until then.
+        step: A number that grows with every checkpoint of a run.
         tensors: By name, on the CPU.
         state: Everything else, plain JSON data.
     """
@@ -80,14 +81,12 @@ class Checkpoints:
                 " no checkpoint was written.",
                 "Lower the learning rate, and go on from the last checkpoint (--resume).",
             )
-        target = self.folder / f"step-{checkpoint.step:08d}"
+        target = self.folder / f"step-{checkpoint.step:08d}-{self.run_id[:8]}"
         temporary = self.folder / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
         try:
             with disk_errors_explained(self.folder):
                 temporary.mkdir(parents=True)
                 self._fill(temporary, checkpoint)
-                if target.exists():
-                    shutil.rmtree(target)
                 temporary.replace(target)
                 sync_folder(self.folder)
         finally:
@@ -124,6 +123,10 @@ class Checkpoints:
             )
         return None
 
+    def last_number(self) -> int:
+        """The highest number among this run's checkpoints, damaged ones too; 0 without any."""
+        return max((_number(path) for path in self._own()), default=0)
+
     def remove(self) -> None:
         """Delete this run's checkpoints, once its result is safe."""
         if not self.writes:
@@ -140,7 +143,13 @@ class Checkpoints:
             if tensor.data_ptr() in seen:
                 tensors[name] = tensor.clone()
             seen.add(tensor.data_ptr())
-        save_file(tensors, folder / _FILES[0])
+        try:
+            save_file(tensors, folder / _FILES[0])
+        except SafetensorError as error:  # it has its own words for a full disk
+            raise EnvironmentProblem(
+                f"Cannot write a checkpoint in {self.folder}: {error}",
+                "Free some space, or choose an output_dir on another disk.",
+            ) from error
         (folder / _FILES[1]).write_text(json.dumps(checkpoint.state), encoding="utf-8")
         manifest = {
             "format_version": FORMAT_VERSION,
@@ -154,15 +163,13 @@ class Checkpoints:
         sync_folder(folder)
 
     def _own(self) -> list[Path]:
-        """This run's checkpoints, the newest first; what cannot be told is taken for its own."""
+        """This run's checkpoints, the newest first, damaged ones among them."""
         if not self.folder.is_dir():
             return []
-        found = [p for p in self.folder.iterdir() if p.is_dir() and _NAME.fullmatch(p.name)]
-        return sorted((p for p in found if self._is_own(p)), reverse=True)
-
-    def _is_own(self, path: Path) -> bool:
-        manifest = _manifest(path)
-        return manifest is None or manifest.get("run_id") == self.run_id
+        found = [path for path in self.folder.iterdir() if path.is_dir()]
+        named = [(path, _NAME.fullmatch(path.name)) for path in found]
+        own = [path for path, match in named if match and match[2] == self.run_id[:8]]
+        return sorted(own, reverse=True)
 
     def _problem(self, path: Path) -> str | None:
         """Why a checkpoint cannot be used; None if it is whole."""
@@ -171,6 +178,8 @@ class Checkpoints:
             return "its MANIFEST.json is missing or damaged"
         if manifest.get("format_version") != FORMAT_VERSION:
             return f"its format version is {manifest.get('format_version')!r}"
+        if manifest.get("run_id") != self.run_id:
+            return "its MANIFEST.json names another run"
         files = manifest.get("files")
         for name in _FILES:
             expected = files.get(name) if isinstance(files, dict) else None
@@ -211,6 +220,10 @@ def _read(path: Path) -> Checkpoint:
             f"{path} cannot be read: {error}",
             "It was written by other software; start again with --overwrite.",
         ) from error
+    return Checkpoint(_number(path), tensors, state)
+
+
+def _number(path: Path) -> int:
     match = _NAME.fullmatch(path.name)
     assert match is not None
-    return Checkpoint(int(match[1]), tensors, state)
+    return int(match[1])

@@ -8,6 +8,7 @@ it when the process ends, however it ends.
 import contextlib
 import errno
 import json
+import logging
 import os
 import shutil
 import uuid
@@ -26,6 +27,8 @@ try:
     import fcntl
 except ImportError:  # Windows has no flock; there the lock is left out.
     fcntl = None
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 RUN_FILES = (
@@ -98,6 +101,11 @@ class RunDirectory:
         self.check_room(overwrite, resume)
         self._make()
         with self._locked():
+            if earlier is not None and (self.manifest() or {}).get("status") == "done":
+                raise UsageError(
+                    f"The run in {self.path} is done by now.",
+                    "Start the command again to see its results, or pass --overwrite.",
+                )
             if earlier is None:
                 self._make_room(overwrite)
             else:
@@ -276,13 +284,24 @@ def check_same_run(earlier: dict[str, Any], about: dict[str, Any], path: Path) -
     Raises:
         CheckpointError: Naming what differs.
     """
-    names = ("seed", "data_fingerprint", "teacher", "student")
-    known = {name: without_nonfinite(about.get(name)) for name in names}
-    different = [name for name in names if name in earlier and earlier[name] != known[name]]
+    names = ("seed", "data", "validation_data", "teacher", "student", "optimizer")
+    known = json.loads(json.dumps(without_nonfinite(about)))
+    different = [n for n in names if n in known and earlier.get(n) != known[n]]
+    if earlier.get("precision", {}).get("used") != known.get("precision", {}).get("used"):
+        different.append(f"precision ({earlier['precision']['used']}; name it with --precision)")
     if different:
         raise CheckpointError(
             f"The run in {path} has another {', '.join(different).replace('_', ' ')}.",
             "Go on with the command that began it, or choose another output_dir.",
+        )
+    changed = [
+        f"{name} was {earlier.get(name)} and is {known.get(name)}"
+        for name in ("torch_version", "torch_threads", "device")
+        if earlier.get(name) != known.get(name)
+    ]
+    if changed:
+        logger.warning(
+            "%s: the end will not have the bits of a run that never stopped.", "; ".join(changed)
         )
 
 

@@ -17,11 +17,13 @@ from torch import nn
 from typing_extensions import Unpack
 
 from cleangpt.checkpoints import Checkpoints
+from cleangpt.heads import head_is_tied
 from cleangpt.metrics_log import RunProgress
 from cleangpt.run_directory import RunDirectory
 from distillation.activations import Activations, rows_of
 from distillation.config import LoopOptions, PerBlock, spread
 from distillation.finished_run import FINAL_NAME, fill_folder, finished_results, save_student
+from distillation.head_init import untie_lm_head
 from distillation.journal import Journal, check_same_settings
 from distillation.logit_stages import HeadStage, HiddenTargets, untied_for_now
 from distillation.overfit_gate import WINDOWS, check_stages_learn
@@ -259,6 +261,7 @@ class DistillationTrainer:
             ranks,
             config.checkpoint_minutes,
             config.checkpoint_steps,
+            lambda: head_is_tied(self.backbone_trainer.student),
         )
         for trainer in self._trainers:
             trainer.run, trainer.journal = self.run, journal
@@ -273,8 +276,7 @@ class DistillationTrainer:
             )
             goes_on = journal.open(checkpoints, self.run.metrics, resume=self.resume)
             self._write_start(settings, fill, goes_on)
-            self.backbone_trainer.prepare()
-            self._share_what_is_known()
+            self._prepare(journal, goes_on)
             if config.overfit_gate and not goes_on:
                 self._check_stages_learn(head is not None, polish is not None)
             results = self._train_stages(backbone, head, polish, head_from_teacher)
@@ -284,6 +286,18 @@ class DistillationTrainer:
             self.run.note(results=results)
         checkpoints.remove()
         return results
+
+    def _prepare(self, journal: Journal, goes_on: bool) -> None:
+        """Bring the models to where the stages begin, or to where the run was stopped."""
+        backbone = self.backbone_trainer
+        backbone.prepare()
+        if backbone.stitches is not None:
+            journal.modules["stitches"] = backbone.stitches
+        if goes_on:
+            if not journal.was_tied:
+                untie_lm_head(backbone.student)
+            journal.put_back()
+        self._share_what_is_known()
 
     def _write_start(
         self, settings: dict[str, Any], fill: Callable[[Path], object], goes_on: bool

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from cleangpt.blocks import BlockStack
-from cleangpt.errors import CheckpointError
+from cleangpt.checkpoints import Checkpoints
+from cleangpt.errors import CheckpointError, UsageError
 from cleangpt.run_directory import RunDirectory, check_same_run
 from distillation.head_init import untie_lm_head
 from distillation.journal import check_same_settings
@@ -77,8 +78,14 @@ def finished_results(
         CheckpointError: If it was another run, or its file is damaged.
     """
     manifest = run.manifest()
-    if manifest is None or manifest.get("status") != "done" or "results" not in manifest:
+    if manifest is None or manifest.get("status") != "done":
         return None
+    if "results" not in manifest:
+        raise UsageError(
+            f"{run.path} holds a finished run that says nothing of its results: it was made by an"
+            " earlier version, or by the trainer of one stage.",
+            "Choose another output_dir, or pass --overwrite to replace it.",
+        )
     check_same_run(manifest, about, run.path)
     check_same_settings(run.path / "config.json", settings)
     path = run.path / FINAL_NAME
@@ -86,6 +93,7 @@ def finished_results(
     if was_untied:
         untie_lm_head(student)
     load_checkpoint(path, student.model)
+    Checkpoints(run.path / "checkpoints", str(manifest["run_id"]), writes=run.writes).remove()
     logger.info("The run in %s is done; nothing is left to do.", run.path)
     results: dict[str, Any] = manifest["results"]
     return results

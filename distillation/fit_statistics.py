@@ -16,10 +16,18 @@ class FitStatistics:
     Kept on the device of the states: reading them would make an accelerator wait.
     """
 
-    count: int = 0
-    squared_error: Tensor | float = 0.0
-    squared_norm: Tensor | float = 0.0
-    total: Tensor | float = 0.0
+    count: int
+    squared_error: Tensor
+    squared_norm: Tensor
+    total: Tensor
+
+    @classmethod
+    def empty(cls, width: int, device: torch.device) -> "FitStatistics":
+        """Nothing counted yet, of states of this width."""
+        # Sums over batches are float64 where the device has it.
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        zeros = torch.zeros(width, dtype=wide, device=device)
+        return cls(0, zeros.sum(), zeros.sum(), zeros)
 
     @torch.no_grad()
     def add(
@@ -28,18 +36,18 @@ class FitStatistics:
         """Count one batch of predictions."""
         self.count += target.shape[0]
         target = target.float()
-        # Sums over batches are float64 where the device has it.
-        wide = torch.float32 if target.device.type == "mps" else torch.float64
-        self.squared_error += torch.linalg.vector_norm(predicted.float() - target).to(wide).square()
-        self.squared_norm += torch.linalg.vector_norm(target).to(wide).square()
-        self.total += target.sum(0).to(wide)
+        wide = self.total.dtype
+        error = torch.linalg.vector_norm(predicted.float() - target).to(wide).square()
+        self.squared_error = self.squared_error + error
+        norm = torch.linalg.vector_norm(target).to(wide).square()
+        self.squared_norm = self.squared_norm + norm
+        self.total = self.total + target.sum(0).to(wide)
 
     def summed(self, ranks: Ranks) -> "FitStatistics":
         """The sums over all processes of the run."""
         if ranks.count == 1:
             return self
-        own = [self.squared_error, self.squared_norm, self.total]
-        sums = [torch.as_tensor(value).clone() for value in own]
+        sums = [value.clone() for value in (self.squared_error, self.squared_norm, self.total)]
         count = torch.tensor(float(self.count), device=sums[0].device, dtype=sums[0].dtype)
         ranks.sum([count, *sums])
         return FitStatistics(int(count), *sums)
@@ -47,10 +55,7 @@ class FitStatistics:
     def tensors(self) -> dict[str, Tensor]:
         """The sums, to be saved."""
         sums = {"squared_error": self.squared_error, "squared_norm": self.squared_norm}
-        count = torch.tensor(self.count)
-        return {"count": count, "total": as_sum(self.total)} | {
-            name: as_sum(value) for name, value in sums.items()
-        }
+        return {"count": torch.tensor(self.count), "total": self.total, **sums}
 
     @classmethod
     def of(cls, tensors: dict[str, Tensor]) -> "FitStatistics":
@@ -62,11 +67,6 @@ class FitStatistics:
         """The squared error as a share of the target's variation about its mean."""
         if self.count == 0:
             return float("nan")
-        about_mean = torch.as_tensor(self.total).square().sum() / self.count
+        about_mean = self.total.square().sum() / self.count
         variation = float(self.squared_norm - about_mean)
         return float(self.squared_error) / variation if variation > 0 else float("nan")
-
-
-def as_sum(value: Tensor | float) -> Tensor:
-    """A sum that may still be a number, as a tensor."""
-    return torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float64)

@@ -9,6 +9,7 @@ of the seed and the place in the run, batches among it. Files are in ``cleangpt/
 import json
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,12 +50,20 @@ class Journal:
         minutes: Between two checkpoints inside a stage, besides those at its end; 0 makes none
             inside.
         steps: Optimizer steps between two more; 0 makes none.
+        head_is_tied: Whether the student's head is its embeddings now.
     """
 
     def __init__(
-        self, modules: dict[str, nn.Module], ranks: Ranks, minutes: float, steps: int
+        self,
+        modules: dict[str, nn.Module],
+        ranks: Ranks,
+        minutes: float,
+        steps: int,
+        head_is_tied: Callable[[], bool] = lambda: False,
     ) -> None:
         self.modules = modules
+        self.head_is_tied = head_is_tied
+        self._saves_inside = True
         self.stop = StopRequest()
         self._ranks = ranks
         self._minutes, self._steps = minutes, steps
@@ -62,26 +71,60 @@ class Journal:
         self._metrics = MetricsLog(None)
         self._finished: list[tuple[str, list[Values]]] = []
         self._resumed: Checkpoint | None = None
-        self._count = 0
+        self._count = self._serial = 0
         self._saved_at = time.monotonic()
 
     def open(self, checkpoints: Checkpoints, metrics: MetricsLog, *, resume: bool) -> bool:
         """Begin the run, or find where it stopped; return whether there is something to go on from.
 
         Raises:
-            CheckpointError: If there are checkpoints and all are damaged.
+            CheckpointError: If there are checkpoints and all are damaged, or the processes of the
+                run do not find the same one.
         """
         self._checkpoints, self._metrics = checkpoints, metrics
-        self._finished, self._resumed, self._count = [], None, 0
+        self._finished, self._count, self._serial = [], 0, 0
         self._saved_at = time.monotonic()
-        self._resumed = checkpoints.newest() if resume else None
+        self._resumed = found = checkpoints.newest() if resume else None
+        if not self._ranks.same_everywhere("none" if found is None else str(found.step)):
+            raise CheckpointError(
+                f"The processes of this run see different checkpoints in {checkpoints.folder}.",
+                "Give them an output_dir on a file system that they share.",
+            )
         if self._resumed is not None:
-            self._count = self._resumed.step
+            self._count = self._resumed.state["steps"]
+            self._serial = checkpoints.last_number()  # a damaged one keeps its number
             self._metrics.pause()
-            logger.info("Going on from step %d, %s.", self._count, self._resumed.state["where"])
+            logger.info("Going on after %d steps, %s.", self._count, self._resumed.state["where"])
         elif resume:
             self._metrics.go_on(0)  # nothing was saved: all begins anew
         return self._resumed is not None
+
+    @property
+    def was_tied(self) -> bool:
+        """Whether the student's head was tied to its embeddings where the run goes on from."""
+        return self._resumed is not None and bool(self._resumed.state["head_is_tied"])
+
+    def put_back(self) -> None:
+        """Give all modules the weights of the checkpoint; the stages are replayed on those.
+
+        Raises:
+            CheckpointError: If they do not fit.
+        """
+        assert self._resumed is not None
+        for name, module in self.modules.items():
+            prefix = f"weights/{name}/"
+            own = {
+                key.removeprefix(prefix): tensor
+                for key, tensor in self._resumed.tensors.items()
+                if key.startswith(prefix)
+            }
+            try:
+                module.load_state_dict(own, strict=True)
+            except RuntimeError as error:
+                raise CheckpointError(
+                    f"The checkpoint does not fit the {name}: {' '.join(str(error).split())[:200]}",
+                    "Go on with the command that began the run, or start again with --overwrite.",
+                ) from error
 
     def began(self, name: str) -> bool:
         """Whether the stage was begun before the run stopped: what prepares it was done then."""
@@ -103,7 +146,7 @@ class Journal:
         return results
 
     def interrupted(self, name: str) -> tuple[Place, Tensors, Values] | None:
-        """Where the stage was when the run stopped, and its own state; its weights are put back."""
+        """Where the stage was when the run stopped, and its own state."""
         if self._resumed is None:
             return None
         current = self._resumed.state["current"]
@@ -135,21 +178,43 @@ class Journal:
         current = {"name": name, "epoch": place.epoch, "steps": place.steps, "values": values}
         where = f"{name}, epoch {place.epoch}, step {place.steps}"
         self._write(where, current, {f"stage/{key}": value for key, value in tensors.items()})
+        self._stop_if_asked(f"at {where}; everything until there is saved")
+
+    def cannot_save(self, reason: CheckpointError) -> None:
+        """Go on without a checkpoint here, or stop where one was asked for with a signal.
+
+        Raises:
+            Stopped: If a signal came.
+        """
+        if self._saves_inside:
+            logger.warning("No checkpoints inside this stage: %s", reason.cause)
+        self._saves_inside = False
+        self._saved_at = time.monotonic()
+        self._stop_if_asked("; this stage begins anew")
+
+    def finish(self, name: str, results: list[Values]) -> None:
+        """Save at the end of a stage, and stop there if that was asked.
+
+        Raises:
+            Stopped: If a signal came.
+        """
+        self._finished.append((name, results))
+        self._saves_inside = True
+        self._write(f"the end of {name}", None, {})
+        self._stop_if_asked(f"at the end of {name}; everything until there is saved")
+
+    def _stop_if_asked(self, where: str) -> None:
         if self._ranks.any(self.stop.signal is not None):
             number = int(self.stop.signal or 15)
             raise Stopped(
-                f"stopped by signal {number} at {where}; everything until there is saved",
+                f"stopped by signal {number} {where}",
                 "Start the same command again with --resume to go on.",
                 128 + number,
             )
 
-    def finish(self, name: str, results: list[Values]) -> None:
-        """Save at the end of a stage."""
-        self._finished.append((name, results))
-        self._write(f"the end of {name}", None, {})
-
     def _write(self, where: str, current: Values | None, tensors: Tensors) -> None:
         self._saved_at = time.monotonic()
+        self._serial += 1
         if self._checkpoints is None or not self._ranks.is_main:
             return
         weights = {
@@ -159,33 +224,22 @@ class Journal:
         }
         state = {
             "where": where,
+            "steps": self._count,
+            "head_is_tied": self.head_is_tied(),
             "finished": dict(self._finished),
             "current": current,
             "metrics_bytes": self._metrics.size(),
         }
-        self._checkpoints.save(Checkpoint(self._count, {**weights, **tensors}, state))
+        self._checkpoints.save(Checkpoint(self._serial, {**weights, **tensors}, state))
 
     def _arrive(self, saved: Checkpoint) -> None:
-        """Put the weights back and begin to write again where the checkpoint was made."""
-        for name, module in self.modules.items():
-            prefix = f"weights/{name}/"
-            own = {
-                key.removeprefix(prefix): tensor
-                for key, tensor in saved.tensors.items()
-                if key.startswith(prefix)
-            }
-            try:
-                module.load_state_dict(own, strict=True)
-            except RuntimeError as error:
-                raise CheckpointError(
-                    f"The checkpoint does not fit the {name}: {' '.join(str(error).split())[:200]}",
-                    "Go on with the command that began the run, or start again with --overwrite.",
-                ) from error
+        """Begin to write again where the checkpoint was made."""
         self._metrics.go_on(saved.state["metrics_bytes"])
         self._resumed = None
 
 
 CHANGEABLE = (
+    "precision",  # the one in use is compared
     *("log_interval", "hidden_state_pictures", "checkpoint_minutes", "checkpoint_steps"),
     *("activation_cache", "activation_cache_gb", "keep_activations"),
 )
@@ -228,7 +282,7 @@ def optimizer_tensors(optimizer: Any) -> tuple[Tensors, Values]:
         for key, value in state.items():
             if isinstance(value, Tensor):
                 tensors[f"{index}/{key}"] = value
-            elif value is None or isinstance(value, (bool, int, float, str)):
+            elif is_plain(value):
                 values[f"{index}/{key}"] = value
             else:
                 raise CheckpointError(
@@ -237,14 +291,30 @@ def optimizer_tensors(optimizer: Any) -> tuple[Tensors, Values]:
                     "Use another optimizer_cls, or make no checkpoints inside stages"
                     " (checkpoint_minutes=0).",
                 )
+    for index, group in enumerate(optimizer.state_dict()["param_groups"]):
+        values |= {
+            f"group {index}/{key}": value
+            for key, value in group.items()
+            if key not in ("params", "lr") and is_plain(value)
+        }
     return tensors, values
+
+
+def is_plain(value: Any) -> bool:
+    """Whether JSON gives a value back as it was, up to tuples, which become lists."""
+    if isinstance(value, (list, tuple)):
+        return all(map(is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def load_optimizer(optimizer: Any, tensors: Tensors, values: Values) -> None:
     """Give an optimizer back what :func:`optimizer_tensors` returned."""
     state: dict[int, dict[str, Any]] = {}
+    groups = optimizer.state_dict()["param_groups"]
     for name, value in {**tensors, **values}.items():
         index, key = name.split("/", 1)
-        state.setdefault(int(index), {})[key] = value
-    groups = optimizer.state_dict()["param_groups"]
+        if index.startswith("group "):
+            groups[int(index.removeprefix("group "))][key] = value
+        else:
+            state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -125,7 +125,7 @@ class BlockStage(Stage):
         self.freeze_previous = freeze_previous
         self.first_position = first_position
         self.train_stitch = train_stitch
-        self._fit = FitStatistics()
+        self.start_epoch()
 
     def modules(self) -> dict[str, nn.Module]:
         """The block, and its stitch if that learns; unless frozen, all before it and embeddings."""
@@ -183,7 +183,8 @@ class BlockStage(Stage):
 
     def start_epoch(self) -> None:
         """Forget the statistics of the epoch before."""
-        self._fit = FitStatistics()
+        width = self.activations.teacher.hidden_size
+        self._fit = FitStatistics.empty(width, self.activations.teacher.device)
 
     def summary(self, ranks: Ranks) -> dict[str, float]:
         """The error relative to the best constant predictor (1.0), over the last epoch."""
@@ -195,6 +196,7 @@ class BlockStage(Stage):
 
     def go_on_measuring(self, measured: dict[str, Tensor], ranks: Ranks) -> None:
         """Take up those sums, in one process of all."""
+        self.start_epoch()
         if ranks.is_main:
             self._fit = FitStatistics.of(measured)
 

@@ -156,8 +156,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, value in values.items():
         if name not in named:
             setattr(arguments, name, value)
-    if arguments.start_student and "init_from_teacher" not in named:
-        arguments.init_from_teacher = "none"  # it starts as it is
+    if arguments.start_student or arguments.student_config:
+        # A student with weights starts as it is, its head too.
+        if "init_from_teacher" not in named:
+            arguments.init_from_teacher = "none"
+        if arguments.start_student and "initialize_head_from_teacher" not in named:
+            arguments.initialize_head_from_teacher = False
     own = sorted(named & _method_flags() - {"recipe"})
     logger.info(
         "Recipe %s: %s. %s",

@@ -83,6 +83,7 @@ def hf_student(name: str) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from cleangpt.errors import InputError
+    from cleangpt.teacher import check_causal
 
     path = Path(name)
     if path.is_dir() and any([*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")]):
@@ -91,8 +92,10 @@ def hf_student(name: str) -> Any:
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
         config = AutoConfig.for_model(**fields)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        student = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        check_causal(student.eval())
+        return student
+    except Exception as error:  # every family checks its fields with errors of its own
         cause = " ".join(str(error).split())[:200]
         raise InputError(
             f"{file} is not the configuration of a causal language model: {cause}",

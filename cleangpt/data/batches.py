@@ -6,6 +6,7 @@ torch's global one, so iterating over data does not change dropout.
 
 import hashlib
 import os
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -101,6 +102,13 @@ def make_dataloader(
         # The loader draws a seed for its workers each epoch, from torch's global generator if it
         # has none of its own.
         generator=_generator(seed, -1),
+        worker_init_fn=_leave_signals_to_the_run if num_workers else None,
         # Only from pinned memory can a GPU copy while it computes.
         pin_memory=torch.cuda.is_available(),
     )
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """A signal to all processes of a group must not take the workers from under the last step."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

@@ -193,7 +193,6 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
                 logger.info("From the teacher: %s", line)
         if config.use_stitching_layers:
             self.stitches = self._new_stitches()
-            self.journal.modules["stitches"] = self.stitches
 
     def level_loss(self, block: int) -> Loss:
         """The hidden-state loss of a student block, knowing its teacher level's statistics."""

@@ -4,6 +4,8 @@ It knows no block and no head: a :class:`~distillation.stages.Stage` says what i
 ``stage_loop.py`` has the optimizer step.
 """
 
+import hashlib
+import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +21,7 @@ from cleangpt.blocks import BlockStack
 from cleangpt.errors import InputError, UsageError
 from cleangpt.metrics_log import RunProgress
 from cleangpt.run_directory import RunDirectory
+from cleangpt.runtime.device import seed_generators
 from cleangpt.runtime.fused_gelu import fused_gelu
 from cleangpt.runtime.module_state import preserved_modes, tensors_fingerprint
 from cleangpt.runtime.precision import choose_precision
@@ -31,7 +34,7 @@ from distillation.journal import Journal
 from distillation.preflight import check_batch, check_structure, check_vocabulary
 from distillation.stages import Stage
 from distillation.trainers.stage_group import StageGroup
-from distillation.trainers.stage_loop import StageResult
+from distillation.trainers.stage_loop import StageResult, derived_seed
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +112,9 @@ class BaseDistillationTrainer:
             "torch_version": torch.__version__,
             "torch_threads": torch.get_num_threads(),
             "precision": {"used": self.precision.name, "reason": self.precision.reason},
+            "data": described(self.train_dataloader),
+            "validation_data": described(self.validation_dataloader),
+            "optimizer": getattr(self.optimizer_cls, "__name__", str(self.optimizer_cls)),
             "data_fingerprint": getattr(dataset, "fingerprint", None),
             "data_sketch": getattr(dataset, "sketch", None),
             "teacher": {
@@ -120,6 +126,7 @@ class BaseDistillationTrainer:
             "student": {
                 "class": type(self.student_model).__name__,
                 "parameters": count_parameters(self.student_model),
+                "config": config_fingerprint(self.student_model.config),
             },
         }
 
@@ -157,9 +164,13 @@ class BaseDistillationTrainer:
     def batches(self, epoch: int) -> Iterator[Batch]:
         """The batches of one epoch, on the training device.
 
+        A loader that shuffles by PyTorch's global generator gives them in the same order whenever
+        it is asked again, whatever was drawn before.
+
         Raises:
             InputError: If the loader is empty, or a batch does not fit the models.
         """
+        seed_generators(derived_seed(self.config.seed, f"epoch {epoch}"), self.device)
         loader: Any = self.train_dataloader
         owners: list[Any] = [loader, getattr(loader, "sampler", None)]
         for owner in owners:
@@ -266,6 +277,26 @@ class BaseDistillationTrainer:
 
     def after_epoch(self, stage: Stage, epoch: int) -> None:
         """Called after each epoch of a stage; does nothing here."""
+
+
+def described(loader: Any) -> dict[str, Any] | None:
+    """What tells the data of one run from that of another, so far as a loader says."""
+    if loader is None:
+        return None
+    dataset = getattr(loader, "dataset", None)
+    return {
+        "fingerprint": getattr(dataset, "fingerprint", None),
+        "block_size": getattr(dataset, "block_size", None),
+        "batch_size": getattr(loader, "batch_size", None),
+        "batches": len(loader) if hasattr(loader, "__len__") else None,
+    }
+
+
+def config_fingerprint(config: Any) -> str:
+    """A hash of a model's configuration, but for what a run itself changes in it."""
+    fields = {k: v for k, v in config.to_dict().items() if k != "tie_word_embeddings"}
+    text = json.dumps(fields, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from cleangpt.errors import CheckpointError
 from cleangpt.runtime.compiling import compiled
-from cleangpt.runtime.device import seed_generators
 from cleangpt.runtime.module_state import tensors_checksum
 from distillation.activations import rows_of
 from distillation.batch import Batch
@@ -23,7 +23,6 @@ from distillation.trainers.stage_loop import (
     StageLoop,
     StageResult,
     build_optimizer,
-    derived_seed,
     grouped,
 )
 
@@ -118,7 +117,7 @@ class StageGroup:
         ]
         if not loops:
             return False
-        self._start_epoch(loops, epoch, anew=not done)
+        self._start_epoch(loops, anew=not done)
         size = trainer.config.gradient_accumulation_steps
         for index, micro_batches in enumerate(grouped(trainer.batches(epoch), size)):
             if index == 0:
@@ -138,12 +137,10 @@ class StageGroup:
         self._validate(loops)
         return True
 
-    def _start_epoch(self, loops: list[StageLoop], epoch: int, *, anew: bool) -> None:
+    def _start_epoch(self, loops: list[StageLoop], *, anew: bool) -> None:
         for loop in self.loops:
             for module in loop.stage.modules().values():
                 module.train(loop in loops)
-        seed = derived_seed(self.trainer.config.seed, loops[0].stage.name, f"epoch {epoch}")
-        seed_generators(seed, self.trainer.device)
         for loop in loops if anew else ():
             loop.stage.start_epoch()
             loop.start_epoch()
@@ -196,7 +193,11 @@ class StageGroup:
         tensors: dict[str, Tensor] = {}
         values = []
         for index, loop in enumerate(self.loops):
-            named, own = loop.saved()
+            try:
+                named, own = loop.saved()
+            except CheckpointError as error:
+                self.trainer.journal.cannot_save(error)
+                return
             tensors |= {f"{index}/{name}": tensor for name, tensor in named.items()}
             values.append(own)
         state = {"loops": values, "seconds": self._seconds()}

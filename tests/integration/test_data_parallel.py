@@ -99,6 +99,12 @@ def test_two_processes_train_what_one_trains(place: Path) -> None:
 
 
 @pytest.mark.slow
+def test_more_processes_than_rows(place: Path) -> None:
+    flags = ("--batch_size", "1", "--max_samples", "8")
+    assert_same(run(place, "one row", (), 1, *flags), run(place, "rows", TORCHRUN, 2, *flags))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["sequential", "parallel_local"])
 @pytest.mark.parametrize("cache", ["ram", "disk", "off"])
 def test_every_schedule_and_cache(place: Path, schedule: str, cache: str) -> None:

@@ -105,7 +105,13 @@ def test_a_start_keeps_its_weights_unless_told_otherwise() -> None:
     assert command.parse_arguments(flags).init_from_teacher == "pca"
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"model_type": "zzz"}', None])
+BAD_CONFIGURATIONS = [
+    *("{", "[]", "{}", '{"model_type": "zzz"}', '{"model_type": "gpt2", "n_layer": "3"}', None),
+    '{"model_type": "bert", "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}',
+]
+
+
+@pytest.mark.parametrize("content", BAD_CONFIGURATIONS)
 def test_configurations_that_are_none(content: Any, place: Path, tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     if content is not None:
