@@ -81,7 +81,7 @@ class NaiveLoop:
     """The epochs of one stage.
 
     Args:
-        name: The library's name of the stage; it seeds the data order and dropout.
+        name: The library's name of the stage; it seeds dropout.
         teacher: The model that is imitated.
         student: The model that learns, in place.
         loader: The data.
@@ -120,9 +120,7 @@ class NaiveLoop:
 
     def epoch(self, max_steps: int | None = None) -> Epoch:
         """The next pass over the data, or its first ``max_steps`` steps."""
-        seed_generators(
-            derived_seed(self.config.seed, self.name, f"epoch {self.epochs_done}"), self.device
-        )
+        seed_generators(derived_seed(self.config.seed, f"epoch {self.epochs_done}"), self.device)
         done, positions = Epoch(0.0), 0
         started_at = time.perf_counter()
         for batch in on_device(self.loader, self.device):

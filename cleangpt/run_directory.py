@@ -92,24 +92,16 @@ class RunDirectory:
             check_same_run(earlier, about, self.path)
             self.run_id = str(earlier["run_id"])
         if not self.writes:
-            self._manifest = {"run_id": self.run_id, "stages": []}
-            try:
+            with self._joined():
                 yield self
-            finally:
-                self._manifest = {}
             return
         self.check_room(overwrite, resume)
         self._make()
         with self._locked():
-            if earlier is not None and (self.manifest() or {}).get("status") == "done":
-                raise UsageError(
-                    f"The run in {self.path} is done by now.",
-                    "Start the command again to see its results, or pass --overwrite.",
-                )
             if earlier is None:
                 self._make_room(overwrite)
             else:
-                shutil.rmtree(self.path / "activations", ignore_errors=True)
+                self._take_up()
             self._manifest = {
                 "format_version": FORMAT_VERSION,
                 "library_version": __version__,
@@ -132,6 +124,24 @@ class RunDirectory:
                 raise
             finally:
                 self._manifest = {}
+
+    def _take_up(self) -> None:
+        """Make ready to go on with the run that is there, now that it is locked."""
+        if (self.manifest() or {}).get("status") == "done":
+            raise UsageError(
+                f"The run in {self.path} is done by now.",
+                "Start the command again to see its results, or pass --overwrite.",
+            )
+        shutil.rmtree(self.path / "activations", ignore_errors=True)
+
+    @contextmanager
+    def _joined(self) -> Iterator[None]:
+        """Be open, and write nothing, in a process that another one writes for."""
+        self._manifest = {"run_id": self.run_id, "stages": []}
+        try:
+            yield
+        finally:
+            self._manifest = {}
 
     def manifest(self) -> dict[str, Any] | None:
         """What the manifest there says; None if no run of this library is there.

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from typing_extensions import TypedDict
 
@@ -291,6 +292,19 @@ def block_settings(
         StageSettings(epochs=epochs, lr=lr, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
         for epochs, lr, weight_decay, max_grad_norm in zip(*columns, strict=True)
     ]
+
+
+def by_stage(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """The arguments of ``DistillationTrainer.train`` that blocks, head and polish get."""
+    chosen = [
+        {name: value for name, value in arguments.items() if wanted(name)}
+        for wanted in (
+            lambda name: name.endswith("_per_block"),
+            lambda name: name.startswith("lm_head_"),
+            lambda name: name.startswith("polish_"),
+        )
+    ]
+    return chosen[0], chosen[1], chosen[2]
 
 
 def spread(name: str, value: object, num_blocks: int) -> list[object]:

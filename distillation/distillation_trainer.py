@@ -21,7 +21,7 @@ from cleangpt.heads import head_is_tied
 from cleangpt.metrics_log import RunProgress
 from cleangpt.run_directory import RunDirectory
 from distillation.activations import Activations, rows_of
-from distillation.config import LoopOptions, PerBlock, spread
+from distillation.config import LoopOptions, PerBlock, by_stage, spread
 from distillation.finished_run import FINAL_NAME, fill_folder, finished_results, save_student
 from distillation.head_init import untie_lm_head
 from distillation.journal import Journal, check_same_settings
@@ -398,16 +398,3 @@ class DistillationTrainer:
             "initialize_head_from_teacher": head_from_teacher,
             **(polish or {"polish_epochs": 0}),
         }
-
-
-def by_stage(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """The arguments of :meth:`DistillationTrainer.train` that blocks, head and polish get."""
-    chosen = [
-        {name: value for name, value in arguments.items() if wanted(name)}
-        for wanted in (
-            lambda name: name.endswith("_per_block"),
-            lambda name: name.startswith("lm_head_"),
-            lambda name: name.startswith("polish_"),
-        )
-    ]
-    return chosen[0], chosen[1], chosen[2]

@@ -28,7 +28,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for parameter in teacher.parameters():
             parameter.mul_(3.0)
     save(place / "teacher", teacher)
-    lines = (f"line {i} of a small text to learn {i * i} things from" for i in range(40))
+    lines = (f"line {i} of a small text to learn {i * i} things from" for i in range(24))
     (place / "text.txt").write_text("\n\n".join(lines))
     return place
 

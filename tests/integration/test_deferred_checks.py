@@ -27,7 +27,7 @@ class SometimesNan:
 def train(
     place: Path, bad: set[int], deferred: bool, monkeypatch: pytest.MonkeyPatch, **options: Any
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    from distillation.trainers import base_trainer
+    from distillation.trainers import stage_group
     from distillation.trainers.stage_loop import StageLoop
 
     class Loop(StageLoop):
@@ -35,7 +35,7 @@ def train(
             super().__init__(*args)
             self._deferred = deferred
 
-    monkeypatch.setattr(base_trainer, "StageLoop", Loop)
+    monkeypatch.setattr(stage_group, "StageLoop", Loop)
     student = tiny_student()
     trainer = backbone_trainer(place / str(deferred), student, **options)
     trainer.hidden_state_loss_fn = SometimesNan(bad)

@@ -121,9 +121,9 @@ def assert_same(straight: Any, resumed: Any, one: Path, other: Path) -> None:
     assert not (other / "run" / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("stop", [1, 16, 17, 26])
+@pytest.mark.parametrize("stop", [8, 26])
 def test_a_stop_changes_no_bit(stop: int, tmp_path: Path) -> None:
-    """At the first step, at a hand-over and after it, and in the polish."""
+    """At a hand-over, and in the polish; every other step is among the slow tests."""
     straight = run(tmp_path / "straight", [], **BEST)
     resumed = run(tmp_path / "resumed", [stop], **BEST)
     assert_same(straight, resumed, tmp_path / "straight", tmp_path / "resumed")
@@ -142,8 +142,14 @@ def test_a_stop_anywhere_changes_no_bit(options: dict[str, Any], stop: int, tmp_
     "options",
     [
         {"schedule": "parallel_local"},
-        {"activation_cache": "disk", "layer_map": "first", "blocks": [1]},
-        {"freeze_previous_blocks": False, "early_stop_patience": 1, "kind": torch.optim.SGD},
+        pytest.param(
+            {"activation_cache": "disk", "layer_map": "first", "blocks": [1]},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"freeze_previous_blocks": False, "early_stop_patience": 1, "kind": torch.optim.SGD},
+            marks=pytest.mark.slow,
+        ),
         pytest.param({"activation_cache": "off"}, marks=pytest.mark.slow),
         pytest.param({"gradient_accumulation_steps": 3}, marks=pytest.mark.slow),
         pytest.param({"head_tying": "tie"}, marks=pytest.mark.slow),
@@ -158,7 +164,7 @@ def test_many_stops_in_every_kind_of_run(options: dict[str, Any], tmp_path: Path
     assert_same(straight, resumed, tmp_path / "straight", tmp_path / "resumed")
 
 
-@pytest.mark.parametrize("stop", [9, 18, 23])
+@pytest.mark.parametrize("stop", [18, pytest.param(9, marks=pytest.mark.slow)])
 def test_without_a_polish_the_stitches_are_right_too(stop: int, tmp_path: Path) -> None:
     """Trained ones are written as they are, those of the start never, wherever the stop was."""
     training = {**TRAINING, "polish_epochs": 0}
@@ -285,7 +291,13 @@ def test_other_settings_are_refused(change: Any, cause: str, tmp_path: Path) -> 
     trainer(tmp_path, log_interval=2).train(**TRAINING)
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "flip",
+        *(pytest.param(d, marks=pytest.mark.slow) for d in ("truncate", "remove", "manifest")),
+    ],
+)
 def test_a_damaged_checkpoint_is_not_used(
     damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
