@@ -95,7 +95,8 @@ class DistillationConfig:
         compile_blocks: Whether to compile each student block with ``torch.compile``: seconds per
             block to start with, then faster steps; needs a C++ compiler, or Triton on a GPU.
         checkpoint_minutes: Minutes between two checkpoints inside a stage, >= 0; 0 makes none but
-            those at the end of each.
+            those at the ends of stages, where the one before is older than ten seconds. All are
+            made by ``DistillationTrainer``, none by the trainer of one stage.
         checkpoint_steps: Optimizer steps between two more, >= 0; 0 makes none.
         log_interval: Optimizer steps between two logged lines, >= 1.
         hidden_state_pictures: Whether to draw student and teacher states per block and epoch.

@@ -24,6 +24,8 @@ from cleangpt.runtime.stopping import StopRequest
 
 logger = logging.getLogger(__name__)
 
+SOON = 10.0
+"""Seconds of work that are sooner done again than saved, at the end of a stage."""
 Tensors = dict[str, Tensor]
 Values = dict[str, Any]
 
@@ -193,14 +195,16 @@ class Journal:
         self._stop_if_asked("; this stage begins anew")
 
     def finish(self, name: str, results: list[Values]) -> None:
-        """Save at the end of a stage, and stop there if that was asked.
+        """Save at the end of a stage, unless that was done just now, and stop if that was asked.
 
         Raises:
             Stopped: If a signal came.
         """
         self._finished.append((name, results))
         self._saves_inside = True
-        self._write(f"the end of {name}", None, {})
+        is_asked = self._steps > 0 or self.stop.signal is not None
+        if is_asked or time.monotonic() - self._saved_at > SOON:
+            self._write(f"the end of {name}", None, {})
         self._stop_if_asked(f"at the end of {name}; everything until there is saved")
 
     def _stop_if_asked(self, where: str) -> None:
