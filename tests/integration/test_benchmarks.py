@@ -117,6 +117,7 @@ def run_command(names: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch)
 SLOW_SECTIONS = {"end_to_end", "tokens", "widths", "smollm2"}
 
 
+@pytest.mark.slow
 def test_the_command_writes_its_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [name for name in speed.SECTIONS if name not in SLOW_SECTIONS]
     report = run_command(names, tmp_path, monkeypatch)

@@ -37,7 +37,10 @@ def verdicts() -> dict[str, str]:
 
 
 # These are like others of the list in all that is looked at here.
-ALIKE = {"mistral", "qwen2", "gemma", "gemma2", "phi3", "olmo2", "starcoder2", "granite", "smollm3"}
+ALIKE = {
+    *("mistral", "qwen2", "gemma", "gemma2", "phi3", "olmo2", "starcoder2", "granite", "smollm3"),
+    *("phi", "stablelm", "gpt_neox", "qwen3"),
+}
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,8 @@ def test_flags_that_only_show_in_a_combination(place: Path) -> None:
 
 
 def test_flags_that_write_files(place: Path) -> None:
-    run_dir = run(place, "files", "--hidden_state_pictures", "--keep_start")[1]
+    flags = ("--hidden_state_pictures", "--keep_start", "--epochs_per_block", "1")
+    run_dir = run(place, "files", *flags)[1]
     assert (run_dir / "start" / "model.safetensors").is_file()
     assert (run_dir / "pictures" / "hidden_states_block_0_epoch_0.png").is_file()
 
