@@ -82,11 +82,8 @@ def test_the_page_is_what_is_found() -> None:
     assert found == verdicts()
 
 
-SLOW = ("gpt2", "llama", "qwen3", "opt", "gpt_neox")
-MORE = [pytest.param(family, marks=pytest.mark.slow) for family in SLOW]
-
-
-@pytest.mark.parametrize("family", ["gemma3", *MORE])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "gemma3", "opt", "gpt_neox"])
 def test_both_commands_run_on_a_family(family: str, tmp_path: Path) -> None:
     teacher = save(tmp_path / family, build(family))
     text = tmp_path / "text.txt"
