@@ -160,7 +160,9 @@ class Journal:
             )
         saved = self._resumed
         self._arrive(saved)
-        own = {n.removeprefix("stage/"): t for n, t in saved.tensors.items() if "stage/" in n[:6]}
+        own = {
+            n.removeprefix("stage/"): t for n, t in saved.tensors.items() if n.startswith("stage/")
+        }
         return Place(current["epoch"], current["steps"]), own, current["values"]
 
     def step_done(self) -> bool:
@@ -192,7 +194,7 @@ class Journal:
             logger.warning("No checkpoints inside this stage: %s", reason.cause)
         self._saves_inside = False
         self._saved_at = time.monotonic()
-        self._stop_if_asked("; this stage begins anew")
+        self._stop_if_asked("in a stage that cannot be saved; it begins anew")
 
     def finish(self, name: str, results: list[Values]) -> None:
         """Save at the end of a stage, unless that was done just now, and stop if that was asked.
@@ -202,7 +204,8 @@ class Journal:
         """
         self._finished.append((name, results))
         self._saves_inside = True
-        is_asked = self._steps > 0 or self.stop.signal is not None
+        # The signal may have come to another process than the one that writes.
+        is_asked = self._ranks.any(self._steps > 0 or self.stop.signal is not None)
         if is_asked or time.monotonic() - self._saved_at > SOON:
             self._write(f"the end of {name}", None, {})
         self._stop_if_asked(f"at the end of {name}; everything until there is saved")

@@ -215,7 +215,7 @@ def test_an_optimizer_that_cannot_be_saved_trains_on(
     own = trainer(tmp_path, kind=Odd, checkpoint_steps=1)
     own.train(**TRAINING)
     assert caplog.text.count("No checkpoints inside this stage: Odd keeps a list") == 4
-    with pytest.raises(Stopped, match="this stage begins anew"):
+    with pytest.raises(Stopped, match="cannot be saved; it begins anew"):
         trainer(tmp_path / "other", 7, kind=Odd).train(**TRAINING)
 
 
