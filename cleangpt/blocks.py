@@ -126,6 +126,23 @@ class BlockStack:
             return self.model.read_hidden_states(state)
         return state
 
+    def with_hidden(self, state: State, hidden: HiddenStates) -> State:
+        """The state that holds ``hidden``; what else there is in it is that of ``state``.
+
+        Raises:
+            InputError: If the model does not say how its hidden state lies in its state.
+        """
+        if not isinstance(self.model, ReadsHiddenStates):
+            return hidden
+        if not hasattr(self.model, "replace_hidden_states"):
+            raise InputError(
+                f"{type(self.model).__name__} reads hidden states from a wider state, and does not"
+                " say how to put others there.",
+                "Give it replace_hidden_states(state, hidden), beside read_hidden_states.",
+            )
+        replaced: Tensor = cast("Any", self.model).replace_hidden_states(state, hidden)
+        return replaced
+
     def head_features(
         self, state: Float[Tensor, "*positions d_state"]
     ) -> Float[Tensor, "*positions d"]:

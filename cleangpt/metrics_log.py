@@ -43,6 +43,14 @@ class MetricsLog:
         """Bytes written so far."""
         return self.path.stat().st_size if self.path is not None and self.path.is_file() else 0
 
+    def take_in(self, other: "MetricsLog") -> None:
+        """Append what another one wrote."""
+        if self.path is None or self._is_paused or other.size() == 0:
+            return
+        assert other.path is not None
+        with self.path.open("ab") as file:
+            file.write(other.path.read_bytes())
+
     def pause(self) -> None:
         """Write nothing for now: what comes has been written before."""
         self._is_paused = True

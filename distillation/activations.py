@@ -93,7 +93,7 @@ class Activations:
         plan = self._plan(config, folder, positions)
         logger.info("Frozen states are kept %s.", plan.reason)
         if plan.kind == "disk":
-            self._keep_on_disk(plan.budget_bytes, config.activation_dtype, folder, precision)
+            self._keep_on_disk(plan.budget_bytes, config, folder, precision)
         else:
             self._keep_in_memory(plan.budget_bytes, STATE_DTYPES[config.activation_dtype])
         self._is_open = True
@@ -101,7 +101,7 @@ class Activations:
             yield
         finally:
             self._is_open = False
-            for states in (self._teacher_states, self._student_states):
+            for states in self._rolling:
                 states.finish(keep=config.keep_activations)
             with contextlib.suppress(OSError):  # not there, or something of the user's is in it
                 folder.rmdir()
@@ -111,6 +111,14 @@ class Activations:
     def teacher_output(self, block: int, batch: Batch) -> HiddenStates:
         """The raw output of a teacher block."""
         return self.teacher.hidden(self._teacher_states.entering(block + 1, batch))
+
+    @torch.no_grad()
+    def teacher_input(self, level: int, batch: Batch) -> HiddenStates:
+        """What enters a teacher block, for a student block that learns from the teacher's states.
+
+        Kept apart from its outputs: each is rolled on by itself.
+        """
+        return self.teacher.hidden(self._teacher_inputs.entering(level, batch))
 
     @torch.no_grad()
     def student_input(self, block: int, batch: Batch) -> State:
@@ -141,18 +149,19 @@ class Activations:
 
     def forget(self) -> None:
         """Drop all states; needed before a student whose frozen parts have changed is read."""
-        self._teacher_states.clear()
-        self._student_states.clear()
+        for states in self._rolling:
+            states.clear()
 
     def _plan(self, config: DistillationConfig, folder: Path, positions: int | None) -> CachePlan:
         setting = cache_setting(config.activation_cache, config.keep_activations)
         limit = config.activation_cache_gb
-        widths = state_width(self.teacher), state_width(self.student)
+        widths = kept_widths(self.teacher, self.student, config.block_inputs)
         processes, sharing = launched(os.environ)[1], on_this_machine(os.environ)
         need = None
         if positions is not None:
-            # Each process keeps the windows that it computes.
-            need = needed_bytes(positions, *widths, config.activation_dtype) // processes
+            # Each process keeps the windows that it computes, and decoupled that is all of them.
+            sharing_rows = 1 if config.schedule == "decoupled" else processes
+            need = needed_bytes(positions, widths, config.activation_dtype) // sharing_rows
         return plan_cache(
             setting,
             need,
@@ -163,25 +172,33 @@ class Activations:
 
     def _keep_in_memory(self, budget_bytes: int, dtype: torch.dtype) -> None:
         self._budget = Budget(budget_bytes)
-        self._use(RamStore(self._budget, dtype), RamStore(self._budget, dtype))
+        self._use(*(RamStore(self._budget, dtype) for _ in range(3)))
 
-    def _keep_on_disk(self, budget_bytes: int, dtype: str, folder: Path, precision: str) -> None:
+    def _keep_on_disk(
+        self, budget_bytes: int, config: DistillationConfig, folder: Path, precision: str
+    ) -> None:
         self._budget = Budget(budget_bytes)
+        dtype = STATE_DTYPES[config.activation_dtype]
         stores: list[DiskStore] = []
+        kept = [("teacher", self.teacher), ("student", self.student)]
+        if config.block_inputs != "student":
+            kept.append(("inputs", self.teacher))
         try:
-            for name, stack in (("teacher", self.teacher), ("student", self.student)):
+            for name, stack in kept:
                 header = {"model": name, "d_state": state_width(stack), "precision": precision}
                 path, weights = folder / f"{name}.states", level_weights(stack)
-                stores.append(DiskStore(path, header, weights, self._budget, STATE_DTYPES[dtype]))
+                stores.append(DiskStore(path, header, weights, self._budget, dtype))
         except BaseException:
             for store in stores:
                 store.close()
             raise
-        self._use(*stores)
+        self._use(*stores, *(RamStore(Budget(0), dtype) for _ in range(3 - len(stores))))
 
-    def _use(self, teacher_store: StateStore, student_store: StateStore) -> None:
-        self._teacher_states = _RollingStates(self.teacher, teacher_store, learns=False)
-        self._student_states = _RollingStates(self.student, student_store, learns=True)
+    def _use(self, *stores: StateStore) -> None:
+        self._teacher_states = _RollingStates(self.teacher, stores[0], learns=False)
+        self._student_states = _RollingStates(self.student, stores[1], learns=True)
+        self._teacher_inputs = _RollingStates(self.teacher, stores[2], learns=False)
+        self._rolling = (self._teacher_states, self._student_states, self._teacher_inputs)
 
 
 class _RollingStates:
@@ -293,6 +310,12 @@ def state_width(stack: BlockStack) -> int:
     with preserved_modes(stack.model):
         stack.model.eval()  # dropout would draw random numbers
         return int(stack.embed(stack.probe_ids()).shape[-1])
+
+
+def kept_widths(teacher: BlockStack, student: BlockStack, block_inputs: str) -> list[int]:
+    """The widths of the states that are kept of each position, one level of each at a time."""
+    widths = [state_width(teacher), state_width(student)]
+    return widths if block_inputs == "student" else [*widths, widths[0]]
 
 
 def level_weights(stack: BlockStack) -> list[str]:

@@ -101,11 +101,13 @@ class TeacherAudit:
         tokens: Valid positions measured.
         levels: One audit per level: what enters block 0, then each block's raw output.
         level_statistics: The statistics of the same levels, on the CPU.
+        level_means: Mean raw state of the same levels.
     """
 
     tokens: int
     levels: list[LevelAudit]
     level_statistics: list[TargetStatistics]
+    level_means: list[Float[Tensor, " d"]]
 
     def statistics(self, level: int) -> TargetStatistics:
         """Statistics of a level's token-normalised states; level i + 1 is block i's output."""
@@ -179,7 +181,10 @@ def audit_teacher(
         )
     measured = [own.result(level) for level, own in enumerate(sums)]
     return TeacherAudit(
-        sums[0].count, [level for level, _ in measured], [found for _, found in measured]
+        sums[0].count,
+        [audit for audit, _, _ in measured],
+        [statistics for _, statistics, _ in measured],
+        [mean for _, _, mean in measured],
     )
 
 
@@ -234,7 +239,7 @@ class _LevelSums:
         self._medians.append(magnitudes.median(-1).values.cpu())
         self._is_first.append(is_first)
 
-    def result(self, level: int) -> tuple[LevelAudit, TargetStatistics]:
+    def result(self, level: int) -> tuple[LevelAudit, TargetStatistics, Tensor]:
         mean, covariance = self._raw.mean_and_covariance()
         if not bool(covariance.isfinite().all()):
             raise InputError(
@@ -263,7 +268,7 @@ class _LevelSums:
             floors=_floors(normalised_covariance / std / std[:, None]),
             raw_floors=_floors(covariance),
         )
-        return audit, statistics
+        return audit, statistics, mean.float()
 
     def _massive_channels(self) -> tuple[int, ...]:
         peaks, median = torch.as_tensor(self._peaks), _quantile(torch.cat(self._medians), 0.5)

@@ -5,6 +5,7 @@ those numbers. Nothing is kept or opened here.
 """
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,16 +71,16 @@ def cache_setting(activation_cache: str, keep_activations: bool) -> str:
     return "disk" if activation_cache == "auto" and keep_activations else activation_cache
 
 
-def needed_bytes(positions: int, teacher_width: int, student_width: int, dtype: str) -> int:
-    """Bytes of one state per position of both models: what the rolling store holds at a time.
+def needed_bytes(positions: int, widths: Sequence[int], dtype: str) -> int:
+    """Bytes of what the rolling store holds at a time.
 
     Args:
         positions: Valid positions of the data.
-        teacher_width: The teacher's d_state.
-        student_width: The student's d_state, which can be more than its hidden size.
+        widths: d_state of each state kept per position: the teacher's and the student's, which can
+            be more than its hidden size.
         dtype: "fp32" or "bf16".
     """
-    return positions * (teacher_width + student_width) * STATE_DTYPES[dtype].itemsize
+    return positions * sum(widths) * STATE_DTYPES[dtype].itemsize
 
 
 def positions_in(loader: Any) -> int | None:

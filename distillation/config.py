@@ -14,7 +14,8 @@ from distillation.cache_plan import CACHES, STATE_DTYPES
 from distillation.layer_map import LAYER_MAPS, LayerMap
 from distillation.losses import DistillationLoss, LogitDistillationLoss
 
-BLOCK_SCHEDULES = ("sequential", "parallel_local")
+BLOCK_SCHEDULES = ("sequential", "parallel_local", "decoupled")
+BLOCK_INPUTS = ("student", "teacher", "mixed")
 STUDENT_STARTS = ("none", "pca", "slice", "layers")
 STITCH_STARTS = ("random", "least_squares")
 HEAD_STARTS = ("least_squares", "fold")
@@ -37,7 +38,13 @@ class DistillationConfig:
             and the embeddings go on learning through it.
         schedule: "sequential" trains one block after the other; "parallel_local" trains all of them
             in one pass over the data, each on what the blocks before it make of a batch at that
-            moment, with no gradient between blocks.
+            moment, with no gradient between blocks; "decoupled", which needs the teacher's inputs,
+            gives each process of the run blocks of its own, with all the data and no gradient to
+            exchange. The results are those of one process, bit for bit.
+        block_inputs: What enters a block while it learns: "student" (what the blocks before it
+            make), "teacher" (the teacher's states, in one basis that all stitches share and that
+            does not learn; blocks are independent then), or "mixed" (the teacher's at first, the
+            student's at the end); see :mod:`distillation.block_inputs`.
         layer_map: Which teacher block each student block learns from: "uniform", "first", "last",
             or their indices; see :func:`~distillation.layer_map.choose_layer_map`.
         blocks: The student blocks that learn, by index; the others stay as they are. None is all.
@@ -112,6 +119,7 @@ class DistillationConfig:
     stitching_layer_bias: bool = True
     freeze_previous_blocks: bool = True
     schedule: str = "sequential"
+    block_inputs: str = "student"
     layer_map: LayerMap = "uniform"
     blocks: Sequence[int] | None = None
     logit_loss_type: str = "kl_div"
@@ -157,6 +165,7 @@ class DistillationConfig:
             "activation_cache": CACHES,
             "activation_dtype": tuple(STATE_DTYPES),
             "schedule": BLOCK_SCHEDULES,
+            "block_inputs": BLOCK_INPUTS,
             "precision": PRECISIONS,
             "lr_schedule": SCHEDULES,
         }
@@ -197,11 +206,30 @@ class DistillationConfig:
                 f" activation_cache={self.activation_cache!r} writes none.",
                 "Choose --activation_cache disk or auto, or leave --keep_activations out.",
             )
-        if self.schedule == "parallel_local" and not self.freeze_previous_blocks:
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        """Refuse orders and inputs of blocks that cannot go together."""
+        schedule, inputs = self.schedule, self.block_inputs
+        if not self.freeze_previous_blocks and (schedule, inputs) != ("sequential", "student"):
+            what = f"schedule={schedule!r}, block_inputs={inputs!r}"
             raise UsageError(
-                "schedule='parallel_local' lets no gradient cross a block, and"
-                " freeze_previous_blocks=False asks for one.",
-                "Choose --schedule sequential, or keep --freeze_previous_blocks.",
+                f"{what} lets no gradient cross a block, and freeze_previous_blocks=False asks for"
+                " one.",
+                "Choose --schedule sequential and --block_inputs student, or keep"
+                " --freeze_previous_blocks.",
+            )
+        if schedule == "decoupled" and inputs != "teacher":
+            raise UsageError(
+                f"schedule='decoupled' lets no block wait for another, and block_inputs={inputs!r}"
+                " needs the blocks before it.",
+                "Choose --block_inputs teacher, or --schedule sequential.",
+            )
+        if schedule == "parallel_local" and inputs == "mixed":
+            raise UsageError(
+                "block_inputs='mixed' needs what finished blocks make, and"
+                " schedule='parallel_local' trains all at once.",
+                "Choose --schedule sequential, or --block_inputs student or teacher.",
             )
 
 
@@ -229,6 +257,7 @@ class LoopOptions(TypedDict, total=False):
     activation_dtype: str
     keep_activations: bool
     schedule: str
+    block_inputs: str
     layer_map: LayerMap
     blocks: Sequence[int] | None
     precision: str

@@ -356,7 +356,7 @@ class DistillationTrainer:
                 weight,
                 backbone.config.polish_hidden_fade,
                 backbone.config.first_hidden_position,
-                backbone.config.train_stitches,
+                backbone.trains_stitches,
             )
 
     def _check_stages_learn(self, with_head: bool, with_polish: bool) -> None:

@@ -8,6 +8,7 @@ of the seed and the place in the run, batches among it. Files are in ``cleangpt/
 
 import json
 import logging
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ class Journal:
         self._ranks = ranks
         self._minutes, self._steps = minutes, steps
         self._checkpoints: Checkpoints | None = None
-        self._metrics = MetricsLog(None)
+        self.metrics = MetricsLog(None)
         self._finished: list[tuple[str, list[Values]]] = []
         self._resumed: Checkpoint | None = None
         self._count = self._serial = 0
@@ -83,7 +84,7 @@ class Journal:
             CheckpointError: If there are checkpoints and all are damaged, or the processes of the
                 run do not find the same one.
         """
-        self._checkpoints, self._metrics = checkpoints, metrics
+        self._checkpoints, self.metrics = checkpoints, metrics
         self._finished, self._count, self._serial = [], 0, 0
         self._saved_at = time.monotonic()
         self._resumed = found = checkpoints.newest() if resume else None
@@ -95,11 +96,39 @@ class Journal:
         if self._resumed is not None:
             self._count = self._resumed.state["steps"]
             self._serial = checkpoints.last_number()  # a damaged one keeps its number
-            self._metrics.pause()
+            self.metrics.pause()
             logger.info("Going on after %d steps, %s.", self._count, self._resumed.state["where"])
         elif resume:
-            self._metrics.go_on(0)  # nothing was saved: all begins anew
+            self.metrics.go_on(0)  # nothing was saved: all begins anew
         return self._resumed is not None
+
+    def apart(self, name: str, modules: dict[str, nn.Module]) -> "Journal":
+        """The journal of a part of the run that one process does alone, begun or gone on with.
+
+        Args:
+            name: The part's name, for its folder.
+            modules: What that part trains; they get their weights back if it was begun.
+        """
+        part = Journal(modules, Ranks(), self._minutes, self._steps)
+        part.stop = self.stop
+        if self._checkpoints is not None:
+            folder = self._checkpoints.folder / name
+            folder.mkdir(parents=True, exist_ok=True)
+            checkpoints = Checkpoints(folder, self._checkpoints.run_id)
+            metrics = MetricsLog(folder / "metrics.jsonl")
+            if part.open(checkpoints, metrics, resume=True):
+                part.put_back()
+        return part
+
+    def take_in_part(self, name: str) -> None:
+        """Take in the metrics of a finished part."""
+        if self._checkpoints is not None and self._checkpoints.writes:
+            self.metrics.take_in(MetricsLog(self._checkpoints.folder / name / "metrics.jsonl"))
+
+    def remove_part(self, name: str) -> None:
+        """Delete the checkpoints of a part, once the run's own tell that it is finished."""
+        if self._checkpoints is not None and self._checkpoints.writes:
+            shutil.rmtree(self._checkpoints.folder / name, ignore_errors=True)
 
     @property
     def was_tied(self) -> bool:
@@ -235,13 +264,13 @@ class Journal:
             "head_is_tied": self.head_is_tied(),
             "finished": dict(self._finished),
             "current": current,
-            "metrics_bytes": self._metrics.size(),
+            "metrics_bytes": self.metrics.size(),
         }
         self._checkpoints.save(Checkpoint(self._serial, {**weights, **tensors}, state))
 
     def _arrive(self, saved: Checkpoint) -> None:
         """Begin to write again where the checkpoint was made."""
-        self._metrics.go_on(saved.state["metrics_bytes"])
+        self.metrics.go_on(saved.state["metrics_bytes"])
         self._resumed = None
 
 

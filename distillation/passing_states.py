@@ -48,6 +48,11 @@ class PassingStates(Activations):
             self._taught[batch] = dict(zip(self._teacher_blocks, parts, strict=True))
         return self._taught[batch][block]
 
+    @torch.no_grad()
+    def teacher_input(self, level: int, batch: Batch) -> HiddenStates:
+        """What enters a teacher block after one that teaches."""
+        return self.teacher_output(level - 1, batch)
+
     def _known(self, batch: Batch) -> Tensor | None:
         rows = [self._kept.rows.get(key) for key in batch.row_keys]
         if rows[0] is None or any(row is None for row in rows):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from cleangpt.blocks import BlockStack
 from cleangpt.errors import UsageError
-from distillation.activations import state_width
+from distillation.activations import kept_widths
 from distillation.cache_plan import (
     cache_setting,
     free_disk,
@@ -32,11 +32,11 @@ def plan_training(
             "The train_dataloader does not tell how many tokens it holds, so there is no plan.",
             "Give it a dataset with num_tokens, such as TextDataset, or with block_size.",
         )
-    widths = [
-        state_width(BlockStack(shrunk(model, 1)))
-        for model in (trainer.teacher_model, trainer.student_model)
-    ]
-    need = needed_bytes(positions, widths[0], widths[1], config.activation_dtype)
+    shrunken = (
+        BlockStack(shrunk(model, 1)) for model in (trainer.teacher_model, trainer.student_model)
+    )
+    widths = kept_widths(*shrunken, config.block_inputs)
+    need = needed_bytes(positions, widths, config.activation_dtype)
     limit = config.activation_cache_gb
     unloaded = sum(
         parameter.nbytes
@@ -51,9 +51,8 @@ def plan_training(
         free_disk(trainer.run.path),
         None if limit is None else int(limit * 1e9),
     )
-    all_levels = needed_bytes(
-        positions, widths[0] * len(set(trainer.layer_map)), 0, config.activation_dtype
-    )
+    levels = len(set(trainer.layer_map))
+    all_levels = needed_bytes(positions, [widths[0]] * levels, config.activation_dtype)
     levels_fit = cache.kind == "ram" and all_levels <= cache.budget_bytes
     work = _workload(trainer, positions, (epochs_per_block, head_epochs, polish_epochs), levels_fit)
     if config.schedule == "parallel_local" and levels_fit:

@@ -35,6 +35,28 @@ def check_structure(stack: BlockStack) -> None:
         )
 
 
+def check_widths(teacher: BlockStack, student: BlockStack, *, stitched: bool) -> None:
+    """Refuse widths that nothing joins.
+
+    Raises:
+        UsageError: If they differ without stitching, or the student was built for another width.
+    """
+    told = getattr(student.model.config, "teacher_n_embd", None)
+    if told is not None and told != teacher.hidden_size:
+        raise UsageError(
+            f"The student expects teacher_n_embd={told}; this teacher's width is"
+            f" {teacher.hidden_size}.",
+            f"Set teacher_n_embd={teacher.hidden_size}, or leave it out.",
+        )
+    if student.hidden_size != teacher.hidden_size and not stitched:
+        raise UsageError(
+            "Dimension mismatch at block 0 without stitching:"
+            f" Student_dim={student.hidden_size}, Teacher_dim={teacher.hidden_size}.",
+            "Set use_stitching_layers=True (--use_stitching_layers), or"
+            f" n_embd={teacher.hidden_size}.",
+        )
+
+
 def check_vocabulary(teacher: BlockStack, student: BlockStack, tokenizer: Any) -> None:
     """Refuse a student or tokenizer whose token ids are not the teacher's.
 

@@ -6,6 +6,7 @@ loops; ``trainers/base_trainer.py`` runs it.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from typing import TypeGuard
 
 import torch
 from jaxtyping import Float
@@ -15,6 +16,7 @@ from cleangpt.blocks import BlockStack
 from cleangpt.runtime.ranks import Ranks
 from distillation.activations import Activations
 from distillation.batch import Batch
+from distillation.block_inputs import StudentInputs
 from distillation.fit_statistics import FitStatistics
 from distillation.least_squares import RIDGE, LeastSquares
 from distillation.losses import DistillationLoss
@@ -102,6 +104,7 @@ class BlockStage(Stage):
         freeze_previous: Whether the blocks before it stay fixed.
         first_position: Earlier positions of each window are not compared.
         train_stitch: Whether the stitch learns too.
+        inputs: What enters the block; None is what the blocks before it make.
     """
 
     def __init__(
@@ -115,6 +118,7 @@ class BlockStage(Stage):
         freeze_previous: bool,
         first_position: int = 0,
         train_stitch: bool = True,
+        inputs: StudentInputs | None = None,
     ) -> None:
         super().__init__(f"block-{block:02d}", activations.student)
         self.block = block
@@ -125,6 +129,7 @@ class BlockStage(Stage):
         self.freeze_previous = freeze_previous
         self.first_position = first_position
         self.train_stitch = train_stitch
+        self.inputs = StudentInputs(activations) if inputs is None else inputs
         self.start_epoch()
 
     def modules(self) -> dict[str, nn.Module]:
@@ -157,7 +162,13 @@ class BlockStage(Stage):
     def states(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the stitched student states and the teacher's, both [batch, seq, d_teacher]."""
         student, teacher = self._hidden_states(batch)
-        return (student if self.stitch is None else self.stitch(student)), teacher
+        return self.stitched(student), teacher
+
+    def stitched(
+        self, hidden: Float[Tensor, "batch seq d_student"]
+    ) -> Float[Tensor, "batch seq d_teacher"]:
+        """The student block's hidden states at the teacher's width."""
+        return hidden if self.stitch is None else self.stitch(hidden)
 
     @torch.no_grad()
     def fit_stitch(self, batches: Iterable[Batch], max_tokens: int) -> None:
@@ -210,8 +221,13 @@ class BlockStage(Stage):
     def _student_output(self, batch: Batch) -> Tensor:
         if self.block == 0 or not self.freeze_previous:
             return self.student.state_entering(self.block + 1, batch.input_ids, batch.mask)
-        state = self.activations.student_input(self.block, batch)
+        state = self.inputs.entering(self.block, batch, self.progress)
         return self.student.advance(self.block, state, batch.input_ids, batch.mask)
+
+
+def standardises(loss_fn: Loss) -> TypeGuard[DistillationLoss]:
+    """Whether a loss compares with standardised targets, which need the teacher's statistics."""
+    return isinstance(loss_fn, DistillationLoss) and loss_fn.needs_statistics
 
 
 def comparable(loss_fn: Loss, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

@@ -343,8 +343,12 @@ def _add_stage_flags(parser: CommandParser) -> None:
         "polish_hidden_fade": ("no_polish_hidden_fade", "let that factor fall to zero"),
         "overfit_gate": ("no_overfit_gate", "let every stage overfit a small batch first"),
     }
-    orders = ("sequential", "parallel_local")
-    _add_choice(parser, "schedule", orders, "sequential", "blocks in turn, or all in one pass")
+    orders = ("sequential", "parallel_local", "decoupled")
+    meaning = "blocks in turn, all in one pass, or each in a process of its own"
+    _add_choice(parser, "schedule", orders, "sequential", meaning)
+    inputs = ("student", "teacher", "mixed")
+    meaning = "what enters a block while it learns; mixed goes over from the teacher's states"
+    _add_choice(parser, "block_inputs", inputs, "student", meaning)
     _add_rows(parser, BACKBONE_ROWS)
     hidden = ("mse", "kl_div", "nmse", "cosine", "smooth_l1", "whiten")
     logit = ("mse", "kl_div", "ce")

@@ -93,5 +93,10 @@ class FactoredTransformerModelDistillation(StudentModel):
         xt, xe = state.chunk(2, dim=-1)
         return xt + xe
 
+    def replace_hidden_states(self, state: Tensor, hidden: Tensor) -> Tensor:
+        """Return the state with its own token stream and the context stream that gives the sum."""
+        xt, _ = state.chunk(2, dim=-1)
+        return torch.cat((xt, hidden - xt), dim=-1)
+
 
 FactoredTransformerModelDistillation.register_for_auto_class("AutoModelForCausalLM")

@@ -179,6 +179,10 @@ class StudentModel(PreTrainedModel, GenerationMixin):
         """Return the (B, T, n_embd) hidden states of a state. For most students, the same."""
         return state
 
+    def replace_hidden_states(self, state: Tensor, hidden: Tensor) -> Tensor:
+        """Return the state with other hidden states, (B, T, n_embd), in it."""
+        return hidden
+
     def adapt_cache(self, cache: Cache) -> None:
         """Prepare a cache before it is used. A kind that caches more than keys and values does."""
 

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -92,11 +93,40 @@ class Ranks:
 
     def same_everywhere(self, value: str) -> bool:
         """Whether all processes have the same ``value``."""
+        return len(set(self.gathered(value))) == 1
+
+    def patient_group(self) -> Any:
+        """A group for messages that some processes may be days late for; all call this together.
+
+        It sends tensors of the host. None in a run of one process.
+        """
         if self.count == 1:
-            return True
+            return None
+        return distributed.new_group(backend="gloo", timeout=timedelta(days=30))
+
+    def gathered(self, value: T, group: Any = None) -> list[T]:
+        """Everyone's ``value``, in the order of the processes; plain data only."""
+        if self.count == 1:
+            return [value]
         values: list[Any] = [None] * self.count
-        distributed.all_gather_object(values, value)
-        return len(set(values)) == 1
+        distributed.all_gather_object(values, value, group=group)
+        return values
+
+    @torch.no_grad()
+    def copy_from(self, owner: int, tensors: Sequence[Tensor], group: Any) -> None:
+        """Put what process ``owner`` has in place of each tensor.
+
+        Args:
+            owner: The process.
+            tensors: The same ones everywhere.
+            group: From :meth:`patient_group`.
+        """
+        if self.count == 1:
+            return
+        for tensor in tensors:
+            sent = tensor.detach().cpu()
+            distributed.broadcast(sent, src=owner, group=group)
+            tensor.detach().copy_(sent)
 
     @torch.no_grad()
     def copy_from_main(self, model: nn.Module) -> None:

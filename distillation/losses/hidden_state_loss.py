@@ -84,6 +84,7 @@ class DistillationLoss(nn.Module):
         if statistics is not None:
             self._check_takes_statistics()
         self.statistics = statistics
+        self.reads_raw_states = False
 
     @property
     def needs_statistics(self) -> bool:
@@ -99,6 +100,17 @@ class DistillationLoss(nn.Module):
         self._check_takes_statistics()
         loss = copy.copy(self)  # a subclass stays what it is
         loss.statistics = statistics
+        return loss
+
+    def on_raw_states(self) -> "DistillationLoss":
+        """The same loss for student states that are to equal the teacher's raw ones, size included.
+
+        The losses that standardise then do so with the student's states as with the teacher's, by
+        the teacher's mean and variance of each token: what a state is too large by counts. The
+        other losses compare such states anyway.
+        """
+        loss = copy.copy(self)
+        loss.reads_raw_states = True
         return loss
 
     def forward(
@@ -119,6 +131,8 @@ class DistillationLoss(nn.Module):
             return F.mse_loss(student, at_least_float32(teacher_outputs))
         statistics = self._statistics_for(teacher_outputs)
         target = self._standardised(teacher_outputs, statistics)
+        if self.reads_raw_states:
+            student = self._standardised(student, statistics, like=teacher_outputs)
         if self.loss_type == "cosine":
             return 1 - F.cosine_similarity(student, target, dim=-1).mean()
         if self.loss_type == "smooth_l1":
@@ -140,9 +154,10 @@ class DistillationLoss(nn.Module):
     def restored(self) -> tuple[Float[Tensor, "d d"], Float[Tensor, " d"]] | None:
         """What turns a target back into the token-normalised state: ``M target + m``.
 
-        None for targets that are raw, of unknown statistics, or taught up to their length.
+        None for targets that are raw, of unknown statistics, or taught up to their length, and
+        where the student's states are raw ones.
         """
-        if self.statistics is None or self.loss_type == "cosine":
+        if self.statistics is None or self.loss_type == "cosine" or self.reads_raw_states:
             return None
         if self.loss_type == "whiten":
             return self.statistics.unwhitening, self.statistics.mean
@@ -157,6 +172,8 @@ class DistillationLoss(nn.Module):
         free.
         """
         target = self.target(teacher)
+        if self.reads_raw_states and self.needs_statistics:
+            student = self._standardised(student, self._statistics_for(teacher), like=teacher)
         if self.loss_type != "cosine":
             return student, target
         lengths = target.norm(dim=-1, keepdim=True)
@@ -179,7 +196,11 @@ class DistillationLoss(nn.Module):
             )
         return self.statistics
 
-    def _standardised(self, teacher: Tensor, statistics: TargetStatistics) -> Tensor:
+    def _standardised(
+        self, states: Tensor, statistics: TargetStatistics, like: Tensor | None = None
+    ) -> Tensor:
+        """Teacher states as a target; or student states by the teacher's, ``like``."""
+        states, like = (states.detach(), None) if like is None else (states, like.detach())
         if self.loss_type == "whiten":
-            return statistics.whitened(teacher.detach())
-        return statistics.standardised(teacher.detach())
+            return statistics.whitened(states, like)
+        return statistics.standardised(states, like)

@@ -30,19 +30,25 @@ _EIGENVALUE_FLOOR = 1e-3
 
 
 def token_normalised(
-    states: Float[Tensor, "*positions d"],
+    states: Float[Tensor, "*positions d"], like: Float[Tensor, "*positions d"] | None = None
 ) -> Float[Tensor, "*positions d"]:
     """Layer normalisation of each token, without gain and bias, in float32 or wider.
 
     ``(h - mean(h)) / sqrt(var(h) + 1e-5 mean(h^2))`` over channels (Ba et al. 2016,
     arXiv:1607.06450, eq. 3). As the epsilon is a share of the token's own energy, the scale of the
     states does not matter at all. A token of zeros stays one.
+
+    Args:
+        states: What is normalised.
+        like: The states whose means and variances are used instead of their own: ``states`` then
+            keep their errors of place and size against these.
     """
     states = at_least_float32(states)
-    centred = states - states.mean(-1, keepdim=True)
-    energy = states.square().mean(-1, keepdim=True)
-    variance = centred.square().mean(-1, keepdim=True) + _TOKEN_EPS * energy
-    return centred / variance.clamp(min=torch.finfo(states.dtype).tiny).sqrt()
+    measured = states if like is None else at_least_float32(like)
+    mean = measured.mean(-1, keepdim=True)
+    energy = measured.square().mean(-1, keepdim=True)
+    variance = (measured - mean).square().mean(-1, keepdim=True) + _TOKEN_EPS * energy
+    return (states - mean) / variance.clamp(min=torch.finfo(states.dtype).tiny).sqrt()
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,18 +89,26 @@ class TargetStatistics:
         tensors = (self.mean, self.std, self.covariance)
         return TargetStatistics(*(tensor.to(device) for tensor in tensors))
 
-    def standardised(self, states: Float[Tensor, "*positions d"]) -> Float[Tensor, "*positions d"]:
+    def standardised(
+        self,
+        states: Float[Tensor, "*positions d"],
+        like: Float[Tensor, "*positions d"] | None = None,
+    ) -> Float[Tensor, "*positions d"]:
         """Raw teacher states, token-normalised, with mean 0 and spread 1 (at most) per channel."""
-        return (token_normalised(states) - self.mean) / self.std
+        return (token_normalised(states, like) - self.mean) / self.std
 
-    def whitened(self, states: Float[Tensor, "*positions d"]) -> Float[Tensor, "*positions d"]:
+    def whitened(
+        self,
+        states: Float[Tensor, "*positions d"],
+        like: Float[Tensor, "*positions d"] | None = None,
+    ) -> Float[Tensor, "*positions d"]:
         """Raw teacher states, token-normalised, with flattened variances along eigenvectors.
 
         ``(t - mean) E diag((lambda + floor)^(-1/4)) E^T`` with ``E`` and ``lambda`` the eigenbasis
         of the covariance: halfway between the states and their full whitening, which would weigh
         noise like signal. Rotated back, so that channels keep their names.
         """
-        centred = token_normalised(states) - self.mean
+        centred = token_normalised(states, like) - self.mean
         with torch.autocast(states.device.type, enabled=False):
             return centred @ self._whitening.to(centred.dtype)
 

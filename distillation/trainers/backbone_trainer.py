@@ -1,21 +1,20 @@
 """Trains the student's blocks, one after the other."""
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from cleangpt.errors import UsageError
 from cleangpt.run_directory import RunDirectory
 from cleangpt.runtime.module_state import preserved_modes
 from distillation.activations import Activations
 from distillation.audit import TeacherAudit, audit_teacher, pca_basis
+from distillation.block_inputs import check_inputs, choose_inputs, share_basis
 from distillation.config import (
     DistillationConfig,
     LoopOptions,
@@ -27,10 +26,13 @@ from distillation.layer_map import choose_blocks, choose_layer_map
 from distillation.losses import DistillationLoss
 from distillation.passing_states import PassingStates
 from distillation.pictures import save_hidden_state_picture
+from distillation.preflight import check_widths
 from distillation.read_outs import fit_read_outs
-from distillation.stages import BlockStage, Loss, Stage
+from distillation.stages import BlockStage, Loss, Stage, standardises
 from distillation.teacher_init import init_from_teacher, slice_basis
 from distillation.trainers.base_trainer import BaseDistillationTrainer
+from distillation.trainers.block_rows import COLUMNS, ROW, block_row, chained_errors, shown_row
+from distillation.trainers.decoupled import DecoupledBlocks
 from distillation.trainers.stage_loop import StageResult, derived_seed
 from stitching_layers import StitchingLayer, StitchingLayers, stitches_to_bytes
 
@@ -39,7 +41,7 @@ logger = logging.getLogger(__name__)
 BASES = {"pca": pca_basis, "slice": slice_basis}
 STITCH_FIT_TOKENS = 16_384
 READ_OUT_TOKENS = 16_384
-ROW = "%5s  %7s  %10s  %10s  %10s  %14s  %8s  %s"
+CHAIN_TOKENS = 4096
 
 
 class BackboneDistillationTrainer(BaseDistillationTrainer):
@@ -123,8 +125,20 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
         self.stitches: StitchingLayers | None = None
         self.stitches_are_stale = False
         self.audit: TeacherAudit | None = None
+        self.basis: Tensor | None = None
         self.is_prepared = False
-        self._check_widths()
+        check_widths(self.teacher, self.student, stitched=config.use_stitching_layers)
+        check_inputs(config.block_inputs, config.schedule, self.activations)
+
+    @property
+    def shares_basis(self) -> bool:
+        """Whether all stitches are the one basis in which the teacher's states enter the blocks."""
+        return self.config.block_inputs != "student"
+
+    @property
+    def trains_stitches(self) -> bool:
+        """Whether the stitches learn."""
+        return self.config.train_stitches and not self.shares_basis
 
     def train_backbone(
         self,
@@ -183,13 +197,14 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
             return
         self.is_prepared = True
         config = self.config
-        needs_statistics = standardises(self.hidden_state_loss_fn)
+        needs_statistics = standardises(self.hidden_state_loss_fn) or self.shares_basis
         if needs_statistics or config.init_from_teacher in BASES or config.audit_tokens:
             self._audit()
+        self.basis = self._basis()
         if config.init_from_teacher != "none":
             how = config.init_from_teacher
             models = self.teacher, self.student, self.layer_map
-            for line in init_from_teacher(*models, how, self._basis()):
+            for line in init_from_teacher(*models, how, self.basis):
                 logger.info("From the teacher: %s", line)
         if config.use_stitching_layers:
             self.stitches = self._new_stitches()
@@ -200,7 +215,8 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
         if self.audit is None or not standardises(loss_fn):
             return loss_fn
         statistics = self.audit.statistics(self.layer_map[block] + 1)
-        return loss_fn.at_level(statistics.to(self.device))
+        loss_fn = loss_fn.at_level(statistics.to(self.device))
+        return loss_fn.on_raw_states() if self.shares_basis else loss_fn
 
     def stages(self, activations: Activations) -> list[BlockStage]:
         """One stage per block that learns."""
@@ -216,7 +232,7 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
             return None
         trained: Any = self.stitches[-1]
         loss_fn = self.level_loss(self.student.num_blocks - 1)
-        if not standardises(loss_fn):
+        if not standardises(loss_fn) or self.shares_basis:
             return trained
         back = loss_fn.restored()
         if back is None:
@@ -245,10 +261,12 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
 
     def _basis(self) -> Tensor | None:
         """The basis in which the student sees the teacher's states; None at equal widths."""
+        how = self.config.init_from_teacher
         same_width = self.teacher.hidden_size == self.student.hidden_size
-        if self.config.init_from_teacher == "layers" or same_width or self.audit is None:
+        is_needed = how in BASES or self.shares_basis
+        if same_width or self.audit is None or not is_needed:
             return None
-        find = BASES[self.config.init_from_teacher]
+        find = BASES.get(how, pca_basis)
         return find(self.audit.pooled_covariance(), self.student.hidden_size)
 
     def _audit(self) -> None:
@@ -265,16 +283,44 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
         if not self.config.freeze_previous_blocks:
             logger.info("Earlier blocks and the embeddings go on learning with each block.")
         logger.info("Student block -> teacher block: %s", dict(enumerate(self.layer_map)))
-        columns = ("block", "teacher", "first", "best", "last", "relative error", "seconds", "")
-        logger.info(ROW, *columns)
-        if self.config.schedule == "parallel_local":
-            rows = self._train_together(settings)
-        else:
-            rows = [self._train_block(block, settings[block]) for block in range(len(settings))]
+        if self.shares_basis:
+            logger.info("All stitches are one basis, in which the teacher's states enter blocks.")
+        logger.info(ROW, *COLUMNS)
+        train = {
+            "sequential": self._train_in_turn,
+            "parallel_local": self._train_together,
+            "decoupled": self._train_apart,
+        }[self.config.schedule]
+        rows = train(settings)
+        if self.shares_basis:
+            self._chain(rows)
         fitted = len(self.learning_blocks) < len(rows)
-        self.stitches_are_stale = fitted or standardises(self.hidden_state_loss_fn)
+        self.stitches_are_stale = not self.shares_basis and (
+            fitted or standardises(self.hidden_state_loss_fn)
+        )
         self.write_stitches()
         return rows
+
+    def _chain(self, rows: list[dict[str, Any]]) -> None:
+        """Say how far each block is off in the chain of all, where it learnt on other inputs."""
+        stages = [self._stage(block, self.activations) for block in range(len(rows))]
+        with self.precision.autocast(self.device):
+            found = self.ranks.from_main(chained_errors(stages, self.batches(0), CHAIN_TOKENS))
+        for row, error in zip(rows, found, strict=True):
+            row["chained_error"] = error
+        self.run.metrics.write("chain", chained_errors=found)
+        logger.info(
+            "Relative errors where all blocks follow each other: %s",
+            ", ".join(f"{error:.4g}" for error in found),
+        )
+
+    def _train_in_turn(self, settings: list[StageSettings]) -> list[dict[str, Any]]:
+        return [self._train_block(block, own) for block, own in enumerate(settings)]
+
+    def _train_apart(self, settings: list[StageSettings]) -> list[dict[str, Any]]:
+        stages = [self._stage(block, self.activations) for block in range(len(settings))]
+        results = DecoupledBlocks(self, stages, settings).run()
+        return [self._write_row(*done) for done in zip(stages, results, strict=True)]
 
     def _train_block(self, block: int, settings: StageSettings) -> dict[str, Any]:
         stage = self._stage(block, self.activations)
@@ -296,6 +342,8 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
         return [self._write_row(*done) for done in zip(stages, results, strict=True)]
 
     def _start_stitch(self, stage: BlockStage) -> None:
+        if self.shares_basis:
+            return
         # A block that does not learn is read out as well as it can be.
         if self.config.stitch_start == "least_squares" or stage.block not in self.learning_blocks:
             self.teacher_model.eval()
@@ -312,17 +360,15 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
             stitch=None if self.stitches is None else self.stitches[block],  # type: ignore[arg-type]
             freeze_previous=self.config.freeze_previous_blocks,
             first_position=self.config.first_hidden_position,
-            train_stitch=self.config.train_stitches,
+            train_stitch=self.trains_stitches,
+            inputs=choose_inputs(self.config.block_inputs, activations, self.layer_map, self.basis),
         )
 
     def _write_row(self, stage: BlockStage, result: StageResult) -> dict[str, Any]:
         row = block_row(stage, result)
         self.run.metrics.write("block", **row)
         self.run.add_stage(row)
-        numbers = (f"{row[k]:.4g}" for k in ("first_loss", "best_loss", "last_loss"))
-        relative, seconds = f"{row['relative_error']:.4g}", f"{row['seconds']:.1f}"
-        place = (stage.block, row["teacher_block"])
-        logger.info(ROW, *place, *numbers, relative, seconds, row["verdict"])
+        logger.info(ROW, *shown_row(row))
         return row
 
     def after_epoch(self, stage: Stage, epoch: int) -> None:
@@ -340,55 +386,7 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
         torch.manual_seed(derived_seed(self.config.seed, "stitches"))
         widths = self.student.hidden_size, self.teacher.hidden_size
         stitches = StitchingLayers(self.layer_map, *widths, self.config.stitching_layer_bias)
-        return stitches.to(self.device).requires_grad_(self.config.train_stitches)
-
-    def _check_widths(self) -> None:
-        student, teacher = self.student.hidden_size, self.teacher.hidden_size
-        told = getattr(self.student.model.config, "teacher_n_embd", None)
-        if told is not None and told != teacher:
-            raise UsageError(
-                f"The student expects teacher_n_embd={told}; this teacher's width is {teacher}.",
-                f"Set teacher_n_embd={teacher}, or leave it out.",
-            )
-        if student != teacher and not self.config.use_stitching_layers:
-            raise UsageError(
-                "Dimension mismatch at block 0 without stitching:"
-                f" Student_dim={student}, Teacher_dim={teacher}.",
-                f"Set use_stitching_layers=True (--use_stitching_layers), or n_embd={teacher}.",
-            )
-
-
-def standardises(loss_fn: Loss) -> TypeGuard[DistillationLoss]:
-    """Whether a loss compares with standardised targets, which need the teacher's statistics."""
-    return isinstance(loss_fn, DistillationLoss) and loss_fn.needs_statistics
-
-
-def block_row(stage: BlockStage, result: StageResult) -> dict[str, Any]:
-    """One line of the table of blocks."""
-    relative_error = result.summary["relative_error"]
-    return {
-        **result.row(),
-        "block": stage.block,
-        "teacher_block": stage.teacher_block,
-        "relative_error": relative_error,
-        "verdict": verdict(result, relative_error),
-    }
-
-
-def verdict(result: StageResult, relative_error: float) -> str:
-    """What the numbers of a block say, in words.
-
-    ``relative_error`` is the squared error as a share of the teacher's variation about its mean: a
-    block that only learnt the mean has 1.0. For a loss other than a squared error it is a second
-    opinion: ``kl_div`` may be low where it is high.
-    """
-    if result.steps == 0 or math.isnan(relative_error):
-        return "not trained"
-    limits = [(0.05, "very close"), (0.2, "close"), (0.6, "partly learnt"), (1.0, "weak")]
-    words = [text for limit, text in limits if relative_error < limit]
-    if words:
-        return words[0]
-    # Held-out losses where there are any: a fitted stitch knows its own data better than others.
-    losses = result.validation_losses or [result.first_loss, result.last_loss]
-    diverged = losses[-1] > losses[0]
-    return "diverged: lower lr_per_block" if diverged else "no better than the mean"
+        if self.shares_basis and self.audit is not None:
+            means = [self.audit.level_means[block + 1] for block in self.layer_map]
+            share_basis(stitches, self.basis, means)
+        return stitches.to(self.device).requires_grad_(self.trains_stitches)

@@ -104,8 +104,8 @@ def test_the_reason_has_the_numbers(
 
 
 def test_the_need_is_one_state_of_both_models_per_position() -> None:
-    assert needed_bytes(1000, 32, 16, "fp32") == 1000 * 48 * 4
-    assert needed_bytes(1000, 32, 16, "bf16") == 1000 * 48 * 2
+    assert needed_bytes(1000, [32, 16], "fp32") == 1000 * 48 * 4
+    assert needed_bytes(1000, [32, 16], "bf16") == 1000 * 48 * 2
 
 
 def test_positions_are_known_without_drawing_a_batch() -> None:

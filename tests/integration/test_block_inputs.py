@@ -1,0 +1,187 @@
+"""What enters a block while it learns, and blocks that do not wait for each other."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cleangpt.errors import UsageError
+from distillation.activations import Activations
+from distillation.audit import audit_teacher, pca_basis
+from distillation.batch import as_batch
+from distillation.block_inputs import MixedInputs, TeacherInputs, share_basis
+from distillation.losses import DistillationLoss, TargetStatistics
+from stitching_layers import StitchingLayers
+from tests.builders import (
+    WIDTH,
+    backbone_trainer,
+    batches,
+    tiny_student,
+    tiny_teacher,
+    unchanged,
+    weights_of,
+)
+
+ONCE: dict[str, Any] = {"audit_tokens": 0}
+
+
+def train(
+    place: Path, schedule: str = "sequential", kind: str = "Vanilla", **more: Any
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    student = more.pop("student", None) or tiny_student(kind, n_layer=3)
+    options = {"block_inputs": "teacher", **more}
+    trainer = backbone_trainer(place, student, schedule=schedule, **options)
+    rows = trainer.train_backbone(2, 1e-2)["blocks"]
+    return weights_of(student), rows
+
+
+def timeless(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name != "seconds"}
+
+
+@pytest.mark.parametrize("kind", ["Vanilla", "SASP"])
+def test_with_teacher_inputs_all_schedules_end_with_the_same_bits(
+    tmp_path: Path, kind: str
+) -> None:
+    one, rows = train(tmp_path / "a", "sequential", kind)
+    for schedule in ("parallel_local", "decoupled"):
+        other, others = train(tmp_path / schedule, schedule, kind)
+        assert unchanged(one, other) == one.keys()
+        assert [timeless(row) for row in rows] == [timeless(row) for row in others]
+
+
+def test_the_order_of_blocks_does_not_matter(tmp_path: Path) -> None:
+    straight, _ = train(tmp_path / "a")
+    student = tiny_student(n_layer=3)
+    for block in (2, 0, 1):
+        train(tmp_path / str(block), student=student, blocks=[block])
+    assert unchanged(straight, weights_of(student)) == straight.keys()
+
+
+@pytest.mark.parametrize("how", ["teacher", "mixed"])
+@pytest.mark.parametrize("kind", ["Vanilla", "Factored"])
+def test_every_cache_gives_the_same_bits(tmp_path: Path, how: str, kind: str) -> None:
+    def run(cache: str) -> dict[str, Tensor]:
+        options: dict[str, Any] = {"block_inputs": how, "activation_cache": cache}
+        return train(tmp_path / cache, kind=kind, **options)[0]
+
+    ram, disk, off = run("ram"), run("disk"), run("off")
+    assert unchanged(ram, disk) == unchanged(ram, off) == ram.keys()
+
+
+def test_at_equal_width_a_copy_of_the_teacher_has_nothing_to_learn(tmp_path: Path) -> None:
+    student = tiny_student(n_layer=3, n_embd=WIDTH, n_head=4, block_size=32)
+    options: dict[str, Any] = {"init_from_teacher": "layers", "distill_loss_type": "nmse"}
+    trainer = backbone_trainer(tmp_path, student, block_inputs="teacher", **options)
+    row = trainer.train_backbone(0, 1e-2)["blocks"]
+    assert all(own["chained_error"] < 1e-9 for own in row)
+
+
+def test_teacher_inputs_are_its_states_in_the_basis_of_the_read_out() -> None:
+    teacher, student = tiny_teacher(), tiny_student(n_layer=3)
+    trainer = backbone_trainer(Path("unused"), student)
+    batch = as_batch(batches(1)[0], torch.device("cpu"))
+    audit = audit_teacher(trainer.teacher, [batch], 1)
+    basis = pca_basis(audit.pooled_covariance(), 16)
+    states = Activations(trainer.teacher, trainer.student, 2**20)
+    inputs = TeacherInputs(states, [0, 1, 2], basis)
+    levels = trainer.teacher.block_hidden_states(batch.input_ids)
+    torch.testing.assert_close(inputs.entering(2, batch, 0.0), levels[2] @ basis)
+    stitches = StitchingLayers([0, 1, 2], 16, WIDTH)
+    share_basis(stitches, basis, audit.level_means[1:])
+    seen = stitches[1](levels[2] @ basis)
+    # The best there is in this basis: the rest of the state, but for its mean, is out of reach.
+    rest = levels[2] - seen
+    torch.testing.assert_close(rest.mean((0, 1)), torch.zeros(WIDTH), atol=1e-5, rtol=0.0)
+    torch.testing.assert_close(rest @ basis, torch.zeros(4, 12, 16), atol=1e-5, rtol=0.0)
+    assert teacher is not trainer.teacher_model
+
+
+def test_of_a_factored_state_the_teacher_gives_the_sum_and_the_chain_the_token_stream() -> None:
+    trainer = backbone_trainer(Path("unused"), tiny_student("Factored", n_layer=3, n_embd=WIDTH))
+    batch = as_batch(batches(1)[0], torch.device("cpu"))
+    trainer.student_model.eval()
+    states = Activations(trainer.teacher, trainer.student, 2**20)
+    with torch.no_grad():
+        entering = TeacherInputs(states, [0, 1, 2], None).entering(1, batch, 0.0)
+        own = trainer.student.state_entering(1, batch.input_ids)
+    target = trainer.teacher.block_hidden_states(batch.input_ids)[1]
+    torch.testing.assert_close(trainer.student.hidden(entering), target)
+    assert torch.equal(entering[..., :WIDTH], own[..., :WIDTH])
+
+
+def test_mixed_inputs_go_over_from_the_teachers_to_the_students_window_by_window() -> None:
+    trainer = backbone_trainer(Path("unused"), tiny_student(n_layer=3, n_embd=WIDTH))
+    batch = as_batch(batches(1, batch_size=16)[0], torch.device("cpu"))
+    states = Activations(trainer.teacher, trainer.student, 2**20)
+    mixed, taught = MixedInputs(states, [0, 1, 2], None), TeacherInputs(states, [0, 1, 2], None)
+    trainer.student_model.eval()
+    own, given = states.student_input(1, batch), taught.entering(1, batch, 0.0)
+    from_teacher = []
+    for progress in (0.0, 0.3, 0.6, 0.999):
+        seen = mixed.entering(1, batch, progress)
+        rows = [bool(torch.equal(*pair)) for pair in zip(seen, given, strict=True)]
+        assert all(torch.equal(seen[i], own[i]) for i, from_it in enumerate(rows) if not from_it)
+        from_teacher.append(sum(rows))
+    assert from_teacher[0] == 16 > from_teacher[1] > from_teacher[2] > from_teacher[3] == 0
+    with torch.no_grad():
+        assert torch.equal(mixed.entering(1, batch, 0.0), own)
+
+
+@pytest.mark.parametrize("loss_type", ["nmse", "smooth_l1", "cosine", "whiten"])
+def test_on_raw_states_a_standardising_loss_is_zero_for_the_teachers_own(loss_type: str) -> None:
+    states = 50 * torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
+    loss = DistillationLoss(loss_type).at_level(TargetStatistics.of(states)).on_raw_states()
+    assert float(loss(states, states)) < 1e-6
+    assert float(loss(states + 5, states)) > 1e-3
+    student = (states + 1).requires_grad_()
+    loss(student, states).backward()
+    assert student.grad is not None
+    assert float(student.grad.abs().sum()) > 0
+
+
+def test_on_raw_states_the_size_of_a_state_counts() -> None:
+    states = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
+    loss = DistillationLoss("nmse").at_level(TargetStatistics.of(states)).on_raw_states()
+    assert float(loss(2 * states, states)) > 0.5
+
+
+@pytest.mark.parametrize("how", ["teacher", "mixed"])
+def test_blocks_learn_and_both_errors_are_reported(tmp_path: Path, how: str) -> None:
+    data = batches(8)
+    options: dict[str, Any] = {"init_from_teacher": "pca", "distill_loss_type": "nmse"}
+    _, rows = train(tmp_path, block_inputs=how, data=data, **options)
+    assert all(row["last_loss"] < row["first_loss"] for row in rows)
+    assert all(0 < row["chained_error"] < 2 for row in rows)
+    if how == "teacher":  # errors add up
+        assert rows[-1]["chained_error"] > rows[-1]["relative_error"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"block_inputs": "teacher", "freeze_previous_blocks": False}, "asks for one"),
+        ({"block_inputs": "student", "schedule": "decoupled"}, "--block_inputs teacher"),
+        ({"block_inputs": "mixed", "schedule": "decoupled"}, "--block_inputs teacher"),
+        ({"block_inputs": "mixed", "schedule": "parallel_local"}, "--schedule sequential"),
+        ({"block_inputs": "both"}, "student, teacher, mixed"),
+    ],
+)
+def test_inputs_and_schedules_that_cannot_go_together_are_refused(
+    tmp_path: Path, options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UsageError, match=words):
+        backbone_trainer(tmp_path, **options)
+
+
+def test_a_student_wider_than_its_teacher_cannot_be_given_its_states(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no wider than the teacher"):
+        backbone_trainer(tmp_path, tiny_student(n_embd=48), block_inputs="teacher")
+
+
+def test_blocks_with_a_stream_of_their_own_cannot_be_decoupled(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"block_inputs": "teacher", "schedule": "decoupled"}
+    with pytest.raises(UsageError, match="--schedule sequential"):
+        backbone_trainer(tmp_path, tiny_student("Factored"), **options)
