@@ -79,8 +79,8 @@ class DistillationTrainer:
             ``gradient_accumulation_steps``, ``lr_schedule``, ``warmup_ratio``,
             ``min_lr_ratio``, ``max_nonfinite_in_a_row``, ``first_hidden_position``,
             ``activation_cache``, ``activation_cache_gb``, ``activation_dtype``,
-            ``keep_activations``, ``schedule``, ``layer_map``, ``blocks``, ``precision``,
-            ``compile_blocks``, ``checkpoint_minutes``, ``checkpoint_steps``,
+            ``keep_activations``, ``schedule``, ``block_inputs``, ``layer_map``, ``blocks``,
+            ``precision``, ``compile_blocks``, ``checkpoint_minutes``, ``checkpoint_steps``,
             ``hidden_state_pictures``, ``seed``: see
             :class:`~distillation.config.DistillationConfig`.
 

@@ -33,10 +33,12 @@ class Workload:
         head_epochs: Passes of the head phase; None if it does not run.
         polish_epochs: Passes of the whole student; 0 if it is not polished.
         layer_map: Entry m is the teacher block of student block m.
-        schedule: "sequential" or "parallel_local".
+        schedule: As in the settings.
         freeze_previous: Whether earlier blocks stay fixed.
         levels_fit: Whether the states of all teaching blocks fit into memory together, which spares
             "parallel_local" the teacher from the second epoch on.
+        reads_teacher: Whether the teacher's states enter blocks that learn.
+        reads_student: Whether the student's own do.
     """
 
     positions: int
@@ -50,6 +52,8 @@ class Workload:
     schedule: str
     freeze_previous: bool = True
     levels_fit: bool = False
+    reads_teacher: bool = False
+    reads_student: bool = True
 
 
 @dataclass(frozen=True)
@@ -201,8 +205,13 @@ def _block_stages(
             streamed = Passes((target + 1) * epochs, 0, epochs)
         else:
             once = min(1, epochs)
-            kept = Passes((target - before) * once, min(1, block) * once, epochs)
-            streamed = Passes((target + 1) * epochs, block * epochs, epochs)
+            new, whole = target - before, target + 1
+            if work.reads_teacher and block:  # rolled on by themselves
+                new += before - (work.layer_map[block - 2] if block > 1 else -1)
+                whole += before + 1
+            chain = block if work.reads_student else 0
+            kept = Passes(new * once, min(1, chain) * once, epochs)
+            streamed = Passes(whole * epochs, chain * epochs, epochs)
         step = costs.first_block_step if block == 0 else costs.block_step
         blocks_trained = 1
         if not work.freeze_previous:  # the embeddings and all blocks so far
@@ -224,7 +233,7 @@ def _head_stage(
     epochs = work.head_epochs or 0
     once = min(1, epochs)
     rest = teacher.num_blocks - 1 - work.layer_map[-1]
-    kept = Passes(rest * once, once, epochs)
+    kept = Passes(rest * once, once if work.reads_student else student.num_blocks * once, epochs)
     if work.schedule == "parallel_local":  # nothing was kept of the blocks' pass
         kept = Passes(teacher.num_blocks * once, student.num_blocks * once, epochs)
     streamed = Passes(teacher.num_blocks * epochs, student.num_blocks * epochs, epochs)

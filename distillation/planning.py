@@ -32,10 +32,10 @@ def plan_training(
             "The train_dataloader does not tell how many tokens it holds, so there is no plan.",
             "Give it a dataset with num_tokens, such as TextDataset, or with block_size.",
         )
-    shrunken = (
+    small_teacher, small_student = (
         BlockStack(shrunk(model, 1)) for model in (trainer.teacher_model, trainer.student_model)
     )
-    widths = kept_widths(*shrunken, config.block_inputs)
+    widths = kept_widths(small_teacher, small_student, config.block_inputs)
     need = needed_bytes(positions, widths, config.activation_dtype)
     limit = config.activation_cache_gb
     unloaded = sum(
@@ -96,4 +96,6 @@ def _workload(
         schedule=trainer.config.schedule,
         freeze_previous=trainer.config.freeze_previous_blocks,
         levels_fit=levels_fit,
+        reads_teacher=trainer.shares_basis,
+        reads_student=trainer.config.block_inputs != "teacher",
     )

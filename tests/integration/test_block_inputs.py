@@ -1,5 +1,6 @@
 """What enters a block while it learns, and blocks that do not wait for each other."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cleangpt.errors import UsageError
+from distillation import DistillationTrainer
 from distillation.activations import Activations
 from distillation.audit import audit_teacher, pca_basis
 from distillation.batch import as_batch
@@ -23,6 +25,7 @@ from tests.builders import (
     unchanged,
     weights_of,
 )
+from tests.processes import in_processes
 
 ONCE: dict[str, Any] = {"audit_tokens": 0}
 
@@ -185,3 +188,53 @@ def test_blocks_with_a_stream_of_their_own_cannot_be_decoupled(tmp_path: Path) -
     options: dict[str, Any] = {"block_inputs": "teacher", "schedule": "decoupled"}
     with pytest.raises(UsageError, match="--schedule sequential"):
         backbone_trainer(tmp_path, tiny_student("Factored"), **options)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_blocks_spread_over_processes_end_with_the_bits_of_one_process(
+    tmp_path: Path, count: int
+) -> None:
+    folder = tmp_path / "together"
+
+    def work() -> Any:
+        weights, rows = train(folder, "decoupled", distill_loss_type="nmse")
+        plain = {name: tensor.tolist() for name, tensor in weights.items()}
+        return plain, [timeless(row) for row in rows]
+
+    weights, rows = train(tmp_path / "alone", "sequential", distill_loss_type="nmse")
+    for theirs, their_rows in in_processes(count, work):
+        assert all(torch.equal(torch.tensor(theirs[n]), weights[n]) for n in weights)
+        assert their_rows == [timeless(row) for row in rows]
+
+
+def test_the_metrics_of_all_processes_come_together(tmp_path: Path) -> None:
+    def work() -> Any:
+        return run_all(tmp_path / "two", "decoupled")
+
+    run_all(tmp_path / "one", "sequential")
+    in_processes(2, work)
+    one, two = (metrics(tmp_path / name) for name in ("one", "two"))
+    assert one == two
+    assert not (tmp_path / "two" / "run" / "checkpoints").exists()
+
+
+def run_all(place: Path, schedule: str) -> None:
+    """A whole run of blocks alone."""
+    trainer = DistillationTrainer(
+        tiny_teacher(),
+        tiny_student(n_layer=3),
+        None,
+        batches(),
+        output_dir=place / "run",
+        schedule=schedule,
+        block_inputs="teacher",
+        log_interval=1,
+    )
+    trainer.train(2, 1e-2, train_lm_head=False)
+
+
+def metrics(place: Path) -> list[Any]:
+    lines = (place / "run" / "metrics.jsonl").read_text().splitlines()
+    dropped = ("seconds", "tokens_per_second")
+    records = [{k: v for k, v in json.loads(x).items() if k not in dropped} for x in lines]
+    return sorted(records, key=lambda record: json.dumps(record, sort_keys=True))

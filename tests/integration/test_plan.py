@@ -60,6 +60,18 @@ def test_blocks_in_parallel_run_the_teacher_once_per_batch() -> None:
     assert second.seconds[0] == pytest.approx(9 * (2 + 3 * 2))
 
 
+def test_teacher_inputs_roll_on_by_themselves_and_need_no_student() -> None:
+    work = dataclasses.replace(WORK, reads_teacher=True, reads_student=False)
+    first, second, head = planned(work).stages
+    assert first.seconds == planned().stages[0].seconds
+    # Block 1 learns from the output of block 2, and its input has to come through block 0.
+    kept, streamed = 9 * (2 + 1 + 3 * 2), 9 * 3 * (3 + 1 + 2)
+    assert second.seconds == (pytest.approx(kept), pytest.approx(streamed))
+    assert head.seconds[0] == pytest.approx(9 * (2 * 0.1 + 14))
+    mixed = planned(dataclasses.replace(WORK, reads_teacher=True)).stages[1]
+    assert mixed.seconds == (pytest.approx(kept + 0.9), pytest.approx(streamed + 2.7))
+
+
 def test_blocks_that_go_on_learning_cost_their_steps() -> None:
     first, second, _ = planned(dataclasses.replace(WORK, freeze_previous=False)).stages
     assert first.seconds[0] == pytest.approx(9 * (1 + 2 * 5))

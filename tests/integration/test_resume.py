@@ -16,6 +16,7 @@ from torch import Tensor
 from cleangpt.errors import CheckpointError, Stopped, UsageError
 from distillation import DistillationTrainer
 from tests.builders import batches, tiny_student, tiny_teacher
+from tests.processes import in_processes
 
 # Two batches are seen again and again, and the third is like them: validation finds later epochs
 # better, so that the weights kept are trained ones.
@@ -142,6 +143,8 @@ def test_a_stop_anywhere_changes_no_bit(options: dict[str, Any], stop: int, tmp_
     "options",
     [
         {"schedule": "parallel_local"},
+        pytest.param({"schedule": "decoupled", "block_inputs": "teacher"}, marks=pytest.mark.slow),
+        pytest.param({"block_inputs": "mixed"}, marks=pytest.mark.slow),
         pytest.param(
             {"activation_cache": "disk", "layer_map": "first", "blocks": [1]},
             marks=pytest.mark.slow,
@@ -161,6 +164,23 @@ def test_many_stops_in_every_kind_of_run(options: dict[str, Any], tmp_path: Path
     steps = len([e for e in metrics(tmp_path / "straight") if e["event"] == "step"])
     stops = [2, 1, steps // 3, steps // 4]
     resumed = run(tmp_path / "resumed", stops, **BEST, **options)
+    assert_same(straight, resumed, tmp_path / "straight", tmp_path / "resumed")
+
+
+@pytest.mark.slow
+def test_decoupled_blocks_go_on_in_another_number_of_processes(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"schedule": "decoupled", "block_inputs": "teacher"}
+    training = {**TRAINING, "train_lm_head": False, "polish_epochs": 0}
+    straight = run(tmp_path / "straight", [], training, **options)
+
+    def stopped_in_its_block() -> str:
+        with pytest.raises(Stopped) as error:
+            trainer(tmp_path / "resumed", 5, **options).train(**training)
+        return str(error.value)
+
+    for said in in_processes(2, stopped_in_its_block):
+        assert "epoch 1, step 1" in said
+    resumed = run(tmp_path / "resumed", [2], training, **options)
     assert_same(straight, resumed, tmp_path / "straight", tmp_path / "resumed")
 
 

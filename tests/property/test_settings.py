@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import given, settings, strategies as st
 
 from cleangpt.runtime.precision import PRECISIONS
-from distillation.config import BLOCK_SCHEDULES, CACHES, DistillationConfig
+from distillation.config import BLOCK_INPUTS, BLOCK_SCHEDULES, CACHES, DistillationConfig
 from distillation.layer_map import LAYER_MAPS
 from distillation.losses import DistillationLoss
 from examples.distillation_flags import build_parser
@@ -35,6 +35,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "activation_dtype": st.sampled_from(["fp32", "bf16"]),
     "keep_activations": st.booleans(),
     "schedule": st.sampled_from(BLOCK_SCHEDULES),
+    "block_inputs": st.sampled_from(BLOCK_INPUTS),
     "layer_map": st.one_of(
         st.sampled_from(LAYER_MAPS), st.lists(st.integers(0, 99), min_size=1, max_size=9)
     ),
@@ -57,16 +58,21 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "early_stop_patience": st.integers(0, 100),
     "overfit_gate": st.booleans(),
 }
-VALUES = (
-    st.fixed_dictionaries(FIELDS)
-    .filter(
-        lambda values: values["schedule"] != "parallel_local" or values["freeze_previous_blocks"]
-    )
-    .filter(
-        lambda values: (
-            values["activation_cache"] in ("auto", "disk") or not values["keep_activations"]
-        )
-    )
+TOGETHER = [  # schedule, block_inputs, freeze_previous_blocks
+    ("sequential", "student", False),
+    *(("sequential", inputs, True) for inputs in BLOCK_INPUTS),
+    *(("parallel_local", inputs, True) for inputs in ("student", "teacher")),
+    ("decoupled", "teacher", True),
+]
+VALUES = st.builds(
+    lambda values, together: {
+        **values,
+        **dict(zip(("schedule", "block_inputs", "freeze_previous_blocks"), together, strict=True)),
+    },
+    st.fixed_dictionaries(FIELDS),
+    st.sampled_from(TOGETHER),
+).filter(
+    lambda values: values["activation_cache"] in ("auto", "disk") or not values["keep_activations"]
 )
 NEGATIVES = {
     "use_stitching_layers": "no_stitching_layers",
