@@ -41,6 +41,9 @@ def build_parser() -> CommandParser:
         default="test",
         help="what students are judged on; settings are tuned on validation (default: test)",
     )
+    parser.add_argument(
+        "--other_text", help="a second text that students of a real teacher are judged on"
+    )
     parser.add_argument("--part", default="0/1", help="i/n: every n-th run from i, to share out")
     parser.add_argument("--threads", type=int, default=0, help="threads per run; 0 is PyTorch's")
     parser.add_argument("--output", help="the JSON-lines file (default: the table's)")
@@ -64,7 +67,8 @@ def main(argv: list[str] | None = None) -> None:
     import torch
     from transformers.utils import logging as transformers_logging
 
-    from benchmarks.quality_plan import TABLES, perform
+    from benchmarks.quality_data import perform
+    from benchmarks.quality_plan import TABLES
 
     transformers_logging.disable_progress_bar()
     if arguments.threads:
@@ -78,7 +82,8 @@ def main(argv: list[str] | None = None) -> None:
     for index, run in enumerate(missing):
         started_at = time.perf_counter()
         record = {"key": run.key, "table": arguments.table, "split": arguments.split}
-        record |= {"threads": torch.get_num_threads(), **perform(run, arguments.split)}
+        other = Path(arguments.other_text) if arguments.other_text else None
+        record |= {"threads": torch.get_num_threads(), **perform(run, arguments.split, other)}
         append_record(path, record)
         print(
             f"{index + 1}/{len(missing)} {run.key}: loss {record['loss']:.4f},"

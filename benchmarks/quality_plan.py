@@ -19,10 +19,9 @@ relatives' rates; blocks of inherited students were tried at 2, 3, 6 and 12 e-3.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import Any, Final
 
-from benchmarks.quality_runs import Arm, Judge, run_arm
+from benchmarks.quality_runs import Arm
 
 BUDGETS: Final = {"small": 1e12, "middle": 3e12, "large": 9e12}
 """Training operations, the teacher's forward passes counted."""
@@ -112,6 +111,7 @@ class Run:
         budget: Name of the budget.
         seed: Of everything random.
         shape: The student's shape.
+        teacher: The teacher's name for ``load_teacher``.
     """
 
     arm: Arm
@@ -119,6 +119,7 @@ class Run:
     budget: str
     seed: int
     shape: dict[str, Any] = field(default_factory=lambda: dict(SHAPE))
+    teacher: str = "builtin"
 
     @property
     def key(self) -> str:
@@ -223,6 +224,69 @@ def heads_table() -> Iterator[Run]:
                     )
 
 
+def inputs_table() -> Iterator[Run]:
+    """A4 and A5 with the teacher's states as inputs of the blocks, or going over to the student's.
+
+    The teacher's states are charged once, as for the student's inputs: where they enter is free.
+    """
+    for seed in OTHER_SEEDS:
+        for kind in KINDS:
+            for inputs in ("teacher", "mixed"):
+                for name in ("A4", "A5"):
+                    arm = arms(kind)[name]
+                    options = {**arm.options, "block_inputs": inputs}
+                    yield Run(
+                        replace(arm, name=f"{name} {inputs} inputs", options=options),
+                        kind,
+                        "small",
+                        seed,
+                    )
+
+
+SIZES: Final = ((3, 96), (6, 48), (6, 144), (3, 192), (6, 192))
+"""Depth and width of the students to choose from, beside 6 x 96 of the main table."""
+FEW_SEEDS: Final = range(1, 4)
+
+
+def sizes_table() -> Iterator[Run]:
+    """The default recipe for students of several depths and widths."""
+    for seed in FEW_SEEDS:
+        for kind in KINDS:
+            for depth, width in SIZES:
+                shape = {**SHAPE, "n_layer": depth, "n_embd": width}
+                yield Run(arms(kind)["A5"], kind, "middle", seed, shape)
+
+
+TEACHERS_SHAPE: Final = {**SHAPE, "n_embd": 192}
+
+
+def self_table() -> Iterator[Run]:
+    """The teacher distilled into its own shape: it inherits everything, and must not lose it."""
+    for seed in FEW_SEEDS:
+        for name in ("A3", "A5"):
+            arm = arms()[name]
+            yield Run(replace(arm, name=f"{name} self"), "Vanilla", "small", seed, TEACHERS_SHAPE)
+
+
+REAL_BUDGETS: Final = {"real": 3e13}
+"""What two cores can carry for a teacher of 135 million parameters: minutes a run."""
+REAL_SHAPES: Final = {
+    "half": {"n_layer": 19, "n_head": 6, "n_embd": 384},
+    "quarter": {"n_layer": 12, "n_head": 4, "n_embd": 256},
+}
+"""Students with about that share of the teacher's parameters, the untied head counted."""
+REAL_VOCABULARY: Final = 49_152
+
+
+def smollm2_table() -> Iterator[Run]:
+    """A real pretrained teacher: the default recipe and what a person would use instead."""
+    for seed in FEW_SEEDS:
+        for shape in REAL_SHAPES.values():
+            for name in ("A5", "A3", "A1", "T", "A0"):
+                sizes = {"block_size": SEQ_LEN, "vocab_size": REAL_VOCABULARY, **shape}
+                yield Run(arms()[name], "Vanilla", "real", seed, sizes, "smollm2")
+
+
 TRIALS: Final = {
     "A1": [{"polish_lr": rate} for rate in (1e-3, 2e-3, 4e-3)],
     "A3": [{"polish_lr": rate} for rate in (2e-3, 4e-3, 8e-3)],
@@ -293,43 +357,9 @@ TABLES: Final[dict[str, Callable[[], Iterator[Run]]]] = {
     "efficiency": efficiency_table,
     "stitches": stitches_table,
     "heads": heads_table,
+    "inputs": inputs_table,
+    "sizes": sizes_table,
+    "self": self_table,
+    "smollm2": smollm2_table,
     "tuning": tuning_table,
 }
-
-
-def perform(run: Run, split: str) -> dict[str, Any]:
-    """Train and judge one student."""
-    return run_arm(
-        run.arm,
-        teacher=builtin_teacher().model,
-        windows=builtin_windows("train"),
-        judge=builtin_judge(split),
-        kind=run.kind,
-        shape=run.shape,
-        budget={**BUDGETS, **SHORTENED}[run.budget],
-        seed=run.seed,
-    ) | {"budget_name": run.budget}
-
-
-@cache
-def builtin_teacher() -> Any:
-    """The built-in teacher and its tokenizer."""
-    from cleangpt.teacher import load_teacher
-
-    return load_teacher("builtin")
-
-
-@cache
-def builtin_windows(split: str) -> Any:
-    """All full windows of a part of the built-in text."""
-    from cleangpt.data import TextDataset, load_texts
-
-    tokenizer = builtin_teacher().tokenizer
-    tokens = TextDataset(load_texts("builtin", split=split).texts, tokenizer, SEQ_LEN).tokens
-    return tokens[: len(tokens) // SEQ_LEN * SEQ_LEN].view(-1, SEQ_LEN)
-
-
-@cache
-def builtin_judge(split: str) -> Judge:
-    """Judges by a part of the built-in text."""
-    return Judge(builtin_teacher().model, builtin_windows(split))

@@ -9,7 +9,7 @@ time is written down beside it.
 import logging
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,7 @@ from cleangpt.blocks import BlockStack
 from config_distillation import GPTConfig
 from distillation import DistillationTrainer
 from distillation.batch import Batch
+from distillation.evaluation.speed import measure_speed
 from distillation.logit_stages import PolishStage
 from distillation.losses.divergence import tempered_kl
 from distillation.plan import block_flops
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 HEAD_FIT_TOKENS = 32_768
 WARM_UP_STEPS = 16
+DECODED = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,14 +206,17 @@ def run_arm(
     *,
     teacher: Any,
     windows: Tensor,
-    judge: "Judge",
+    judges: Sequence[Callable[[Any], dict[str, Any]]],
     kind: str,
     shape: dict[str, Any],
     budget: float,
     seed: int,
     batch_size: int = 8,
 ) -> dict[str, Any]:
-    """Train one student on windows, [windows, seq], and judge it; the record says how."""
+    """Train one student on windows, [windows, seq], and judge it; the record says how.
+
+    Every judge is given the student, and adds what it returns.
+    """
     torch.manual_seed(seed)
     student: Any = build_student(GPTConfig(model_type=kind, dropout=0.0, **shape))
     costs = Costs(BlockStack(teacher), BlockStack(student), windows.shape[1])
@@ -241,6 +246,7 @@ def run_arm(
             )
             train_seconds += trainer.train(**arguments)["seconds"]
     seconds = time.perf_counter() - started_at
+    judged = {name: value for judge in judges for name, value in judge(student).items()}
     return {
         "arm": arm.name,
         "kind": kind,
@@ -251,8 +257,18 @@ def run_arm(
         "steps": asdict(steps),
         "seconds": round(seconds, 2),
         "train_seconds": round(train_seconds, 2),
-        **judge(student),
+        "tokens_per_second": decoding_rates(teacher, student),
+        **judged,
     }
+
+
+def decoding_rates(teacher: Any, student: Any) -> dict[str, float | None]:
+    """Tokens per second of both models, decoding in turns with their caches; None without room."""
+    stacks = BlockStack(teacher), BlockStack(student)
+    ids = torch.zeros(16, dtype=torch.long).tolist()
+    rates = measure_speed(stacks, ids, len(ids) + DECODED, budget_seconds=2.0)
+    names = ("teacher", "student")
+    return {n: rate["decode_tokens_per_second"] for n, rate in zip(names, rates, strict=True)}
 
 
 def untrained_like(teacher: Any, seed: int) -> Any:
@@ -304,23 +320,26 @@ class Judge:
         teacher: Judged against.
         windows: Token ids, [windows, seq].
         batch_size: Windows at a time.
+        keep: Whether the teacher's logits are kept, [positions, vocab] of all windows.
     """
 
-    @torch.no_grad()
-    def __init__(self, teacher: Any, windows: Tensor, batch_size: int = 16) -> None:
-        teacher.eval()
+    def __init__(
+        self, teacher: Any, windows: Tensor, batch_size: int = 16, *, keep: bool = True
+    ) -> None:
+        self.teacher = teacher.eval()
         self.batches = windows.split(batch_size)
-        self.logits = [teacher(input_ids=ids).logits[:, :-1].float() for ids in self.batches]
-        losses = [token_losses(*pair) for pair in zip(self.logits, self.batches, strict=True)]
-        self.teacher_loss = float(torch.cat(losses).mean())
+        self.kept = [self._answer(ids) for ids in self.batches] if keep else None
 
     @torch.no_grad()
     def __call__(self, student: Any) -> dict[str, Any]:
         """Return means over tokens, in nats, and the loss of each window."""
         student.eval()
         per_window: list[float] = []
+        teachers: list[float] = []
         kl = agreement = 0.0
-        for ids, theirs in zip(self.batches, self.logits, strict=True):
+        for index, ids in enumerate(self.batches):
+            theirs = self._answer(ids) if self.kept is None else self.kept[index]
+            teachers += token_losses(theirs, ids).tolist()
             own = student(input_ids=ids).logits[:, :-1].float()
             per_window += token_losses(own, ids).tolist()
             flat = own.flatten(0, 1), theirs.flatten(0, 1)
@@ -331,9 +350,14 @@ class Judge:
             "loss": sum(per_window) / count,
             "kl": kl / count,
             "agreement": agreement / count,
-            "teacher_loss": self.teacher_loss,
+            "teacher_loss": sum(teachers) / count,
             "window_losses": [round(loss, 4) for loss in per_window],
         }
+
+    @torch.no_grad()
+    def _answer(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.teacher(input_ids=ids).logits[:, :-1].float()
+        return logits
 
 
 def token_losses(logits: Tensor, ids: Tensor) -> Tensor:

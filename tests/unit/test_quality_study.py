@@ -8,11 +8,22 @@ import pytest
 import torch
 
 from benchmarks.quality_answers import reading
-from benchmarks.quality_plan import BUDGETS, SHORTENED, TABLES, Run, arms
+from benchmarks.quality_data import ALL_BUDGETS
+from benchmarks.quality_plan import (
+    BUDGETS,
+    REAL_SHAPES,
+    REAL_VOCABULARY,
+    SHORTENED,
+    TABLES,
+    Run,
+    arms,
+)
 from benchmarks.quality_report import grouped, write_page
 from benchmarks.quality_runs import Arm, Costs, Judge, StepLoader, run_arm, share_out
 from benchmarks.quality_statistics import contrast, estimate, holm
 from cleangpt.blocks import BlockStack
+from config_distillation import GPTConfig
+from model import build_student
 from tests.builders import VOCAB, tiny_student, tiny_teacher
 
 SHAPE = {"block_size": 16, "vocab_size": VOCAB, "n_layer": 2, "n_head": 2, "n_embd": 16}
@@ -71,7 +82,7 @@ def test_an_arm_runs_and_repeats(name: str, monkeypatch: pytest.MonkeyPatch) -> 
             arms()[name],
             teacher=tiny_teacher(),
             windows=windows()[:32],
-            judge=Judge(tiny_teacher(), windows()[32:]),
+            judges=[Judge(tiny_teacher(), windows()[32:])],
             kind="Vanilla",
             shape=SHAPE,
             budget=8e7,
@@ -89,6 +100,7 @@ def test_the_judge_agrees_with_transformers_own_loss() -> None:
     student, teacher, held_out = tiny_student(**SHAPE).eval(), tiny_teacher(), windows()[32:]
     judge = Judge(teacher, held_out, batch_size=4)
     found = judge(student)
+    assert Judge(teacher, held_out, batch_size=4, keep=False)(student) == found
     expected = student(input_ids=held_out, labels=held_out).loss.detach()
     assert found["loss"] == pytest.approx(float(expected), rel=1e-5)
     assert judge(teacher)["kl"] == pytest.approx(0, abs=1e-6)
@@ -117,6 +129,18 @@ def test_runs_have_names_of_their_own() -> None:
     assert len(keys) == len(set(keys))
     assert {run.budget for run in TABLES["arms"]()} == set(BUDGETS)
     assert {run.budget for run in TABLES["efficiency"]()} == set(SHORTENED)
+    assert {run.budget for table in TABLES.values() for run in table()} == set(ALL_BUDGETS)
+
+
+def test_students_of_the_real_teacher_have_about_its_half_and_quarter() -> None:
+    sizes = {}
+    for name, shape in REAL_SHAPES.items():
+        with torch.device("meta"):
+            config = GPTConfig(block_size=128, vocab_size=REAL_VOCABULARY, **shape)
+            student = build_student(config)
+        untied = student.lm_head.weight.numel()  # it ends with a head of its own
+        sizes[name] = (sum(p.numel() for p in student.parameters()) + untied) / 134.5e6
+    assert sizes == {"half": pytest.approx(0.5, abs=0.01), "quarter": pytest.approx(0.25, abs=0.01)}
 
 
 def test_the_page_is_written_from_the_records(tmp_path: Path) -> None:
