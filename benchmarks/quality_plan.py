@@ -271,8 +271,8 @@ def self_table() -> Iterator[Run]:
 REAL_BUDGETS: Final = {"real": 3e13}
 """What two cores can carry for a teacher of 135 million parameters: minutes a run."""
 REAL_SHAPES: Final = {
-    "half": {"n_layer": 19, "n_head": 6, "n_embd": 384},
-    "quarter": {"n_layer": 12, "n_head": 4, "n_embd": 256},
+    "half": {"n_layer": 16, "n_head": 6, "n_embd": 384},
+    "quarter": {"n_layer": 11, "n_head": 4, "n_embd": 256},
 }
 """Students with about that share of the teacher's parameters, the untied head counted."""
 REAL_VOCABULARY: Final = 49_152

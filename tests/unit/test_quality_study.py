@@ -136,7 +136,7 @@ def test_students_of_the_real_teacher_have_about_its_half_and_quarter() -> None:
     sizes = {}
     for name, shape in REAL_SHAPES.items():
         with torch.device("meta"):
-            config = GPTConfig(block_size=128, vocab_size=REAL_VOCABULARY, **shape)
+            config = GPTConfig(128, REAL_VOCABULARY, model_type="Vanilla", **shape)
             student = build_student(config)
         untied = student.lm_head.weight.numel()  # it ends with a head of its own
         sizes[name] = (sum(p.numel() for p in student.parameters()) + untied) / 134.5e6
