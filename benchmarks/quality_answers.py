@@ -91,6 +91,14 @@ BLOCKS_TRANSFER = (
         "Blocks that learnt from an untrained teacher, before the polish with the real one",
     ),
 )
+INPUTS = tuple(
+    Question(f"{arm} {inputs} inputs", arm, f"Blocks of {start}, on {about}")
+    for arm, start in (("A5", "an inherited student"), ("A4", "a random student"))
+    for inputs, about in (
+        ("teacher", "the teacher's states instead of the student's"),
+        ("mixed", "the teacher's states at first and the student's at the end"),
+    )
+)
 STITCHES_BRIDGE = (
     Question("A5 random, fixed", "A3", "Blocks through fixed random stitches"),
     Question("A5 fitted, fixed", "A3", "Blocks through fixed fitted stitches"),

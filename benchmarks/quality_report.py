@@ -9,6 +9,7 @@ from benchmarks.quality import read_records
 from benchmarks.quality_answers import (
     BLOCKS_TRANSFER,
     HEAD_IMPROVES,
+    INPUTS,
     STITCHES_BRIDGE,
     Group,
     Groups,
@@ -19,6 +20,7 @@ from benchmarks.quality_answers import (
     progress,
     reading,
 )
+from benchmarks.quality_choices import real_page, sizes_page
 from benchmarks.quality_plan import ABOUT_ARMS, BUDGETS, KINDS, PRIMARY_CONTRASTS, TABLES
 from benchmarks.quality_statistics import Contrast, estimate, holm
 from benchmarks.report import table_line
@@ -29,13 +31,16 @@ def write_page(results: Path, docs: Path) -> Path:
     docs.mkdir(parents=True, exist_ok=True)
     by_table = {name: read_records(results / f"{name}.jsonl") for name in TABLES}
     arms_records = by_table["arms"]
+    apart = ("smollm2", "sizes")  # their arms bear the names of the main table's
     records = [record for found in by_table.values() for record in found]
-    groups, everything = grouped(arms_records), grouped(records)
+    comparable = [record for n, found in by_table.items() if n not in apart for record in found]
+    groups, everything = grouped(arms_records), grouped(comparable)
     sections = [
         HEAD,
         about_data(arms_records),
         f"## How much of the plan is done\n\n{progress(records)}",
-        f"## H1: does block by block transfer knowledge?\n\n{answers(groups, BLOCKS_TRANSFER)}",
+        "## H1: does block by block transfer knowledge?\n\n"
+        f"{answers(everything, (*BLOCKS_TRANSFER, *INPUTS))}",
         f"## H2: do stitches bridge widths?\n\n{answers(everything, STITCHES_BRIDGE)}",
         f"## H3: does a head phase of its own help?\n\n{answers(everything, HEAD_IMPROVES)}",
         f"## The goals\n\n{goals_table(everything)}",
@@ -50,13 +55,24 @@ def write_page(results: Path, docs: Path) -> Path:
     sections.append("## Contrasts\n\n" + contrasts_table(groups))
     sections += [
         f"## {title}\n\n{arms_table(grouped(by_table[name]))}"
-        for name, title in (("stitches", "Students by stitch"), ("heads", "Students by head phase"))
+        for name, title in OTHER_TABLES.items()
         if by_table[name]
     ]
+    if by_table["sizes"]:
+        sections.append(f"## What to choose from\n\n{sizes_page(by_table['sizes'], arms_records)}")
+    if by_table["smollm2"]:
+        sections.append(f"## A real teacher: SmolLM2-135M\n\n{real_page(by_table['smollm2'])}")
     path = docs / "results.md"
     path.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
     return path
 
+
+OTHER_TABLES = {
+    "stitches": "Students by stitch",
+    "heads": "Students by head phase",
+    "inputs": "Students by what entered their blocks",
+    "self": "The teacher distilled into its own shape",
+}
 
 HEAD = """# How good the students are
 

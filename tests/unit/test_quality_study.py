@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks.quality_answers import reading
+from benchmarks.quality_choices import real_page, sizes_page
 from benchmarks.quality_data import ALL_BUDGETS
 from benchmarks.quality_plan import (
     BUDGETS,
@@ -141,6 +142,34 @@ def test_students_of_the_real_teacher_have_about_its_half_and_quarter() -> None:
         untied = student.lm_head.weight.numel()  # it ends with a head of its own
         sizes[name] = (sum(p.numel() for p in student.parameters()) + untied) / 134.5e6
     assert sizes == {"half": pytest.approx(0.5, abs=0.01), "quarter": pytest.approx(0.25, abs=0.01)}
+
+
+def test_students_to_choose_from_stand_by_size() -> None:
+    def record(kind: str, width: int, parameters: int, seed: int) -> dict[str, object]:
+        shape = {"n_layer": 6, "n_embd": width}
+        rates = {"teacher": 10.0, "student": 15.0}
+        found = {"kind": kind, "shape": shape, "seed": seed, "parameters": parameters}
+        found |= {"arm": "A5", "budget_name": "middle", "tokens_per_second": rates}
+        return {**found, "loss": math.log(50), "kl": 0.5, "agreement": 0.6}
+
+    page = sizes_page(
+        [record("SASP", 144, 2_000_000, 1), record("SASP", 144, 2_000_000, 2)],
+        [record("Vanilla", 96, 1_000_000, 1), {**record("Vanilla", 96, 1, 9), "arm": "A3"}],
+    )
+    assert page.splitlines()[2:] == [
+        "| Vanilla | 6 x 96 | 1.00M | 50.0 | 0.500 | 60.0% | 1.50 | 1 |",
+        "| SASP | 6 x 144 | 2.00M | 50.0 | 0.500 | 60.0% | 1.50 | 2 |",
+    ]
+
+
+def test_a_real_teachers_students_are_shown_with_what_they_write() -> None:
+    base = {"shape": {"n_layer": 16, "n_embd": 384}, "parameters": 66_000_000, "seed": 1}
+    base |= {"teacher_loss": math.log(20), "loss": math.log(40), "kl": 0.7, "agreement": 0.5}
+    base |= {"other_loss": math.log(60), "other_teacher_loss": math.log(30)}
+    page = real_page([{**base, "arm": "A5", "samples": {"Once": "upon\n`a` time"}}])
+    assert "perplexity is 20.0 on the built-in test text, and 30.0 on the other one." in page
+    assert "| 16 x 384, 66M | A5 | 3.689 | 40.0 | 60.0 | 0.700 | 50.0% | 1 |" in page
+    assert "- 66M, A5: *Once* `upon 'a' time`" in page
 
 
 def test_the_page_is_written_from_the_records(tmp_path: Path) -> None:
