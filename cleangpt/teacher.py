@@ -27,6 +27,7 @@ from cleangpt.errors import InputError
 from cleangpt.hub import is_hub_reachable, offline, refused, unreachable
 from cleangpt.runtime.module_state import tensors_fingerprint
 from cleangpt.teacher_source import TEACHER_FLAG, TeacherSource, find_teacher
+from cleangpt.vocabulary import token_rows
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ _NOT_CAUSAL_HEADS = (
     "ForQuestionAnswering",
     "ForMultipleChoice",
 )
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model", "tekken.json")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model", "tekken.json")
 
 
 @dataclass(frozen=True)
@@ -172,13 +173,13 @@ def _unreadable(source: TeacherSource, error: BaseException) -> InputError:
 
 def _read_tokenizer(source: TeacherSource) -> PreTrainedTokenizerBase:
     missing = InputError(
-        f"teacher {source.label} has no tokenizer; looked for {', '.join(_TOKENIZER_FILES)}.",
+        f"teacher {source.label} has no tokenizer; looked for {', '.join(TOKENIZER_FILES)}.",
         "Save it there with tokenizer.save_pretrained(folder): the ids must be the teacher's own.",
     )
     if source.is_local and not source.gguf_file:
         # Without files some families give an empty tokenizer and no error.
         folder = Path(source.location)
-        if not any(next(folder.glob(pattern), None) for pattern in _TOKENIZER_FILES):
+        if not any(next(folder.glob(pattern), None) for pattern in TOKENIZER_FILES):
             raise missing
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.location, **source.options())
@@ -250,11 +251,10 @@ def check_same_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedM
         InputError: With both numbers. Such an id is an index error on a CPU, and kills a CUDA
             process.
     """
-    largest = max(tokenizer.get_vocab().values(), default=-1)
-    rows = vocabulary_size(model)
-    if largest >= rows:
+    needed, rows = token_rows(tokenizer), vocabulary_size(model)
+    if needed > rows:
         raise InputError(
-            f"the tokenizer has ids up to {largest}, and {type(model).__name__} has {rows} "
+            f"the tokenizer has ids up to {needed - 1}, and {type(model).__name__} has {rows} "
             "vocabulary rows; their logits cannot be compared.",
             "Use the tokenizer that the model was trained with.",
         )

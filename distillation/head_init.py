@@ -52,18 +52,25 @@ def untie_lm_head(stack: BlockStack) -> bool:
 
 
 def can_copy_head(teacher: BlockStack, student: BlockStack, *, stitched: bool) -> bool:
-    """Whether the teacher's final norm and head fit the student's hidden states as they are."""
+    """Whether the teacher's final norm and head fit the student's hidden states as they are.
+
+    The number of rows does not matter: those that both have stand for the same tokens.
+    """
     same_norm = _shapes(teacher.final_norm) == _shapes(student.final_norm)
     same_kind = type(teacher.final_norm) is type(student.final_norm)
-    same_head = _shapes(teacher.lm_head) == _shapes(student.lm_head)
-    return not stitched and same_norm and same_kind and same_head
+    heads = [_shapes(stack.lm_head) for stack in (teacher, student)]
+    theirs, own = ({name: shape[1:] for name, shape in shapes.items()} for shapes in heads)
+    return not stitched and same_norm and same_kind and theirs == own
 
 
 @torch.no_grad()
 def copy_head(teacher: BlockStack, student: BlockStack) -> None:
-    """Copy the teacher's final norm and head into the student."""
+    """Copy the teacher's final norm and head into the student, its padded rows left out."""
     student.final_norm.load_state_dict(teacher.final_norm.state_dict())
-    student.lm_head.load_state_dict(teacher.lm_head.state_dict())
+    rows = min(teacher.vocab_size, student.vocab_size)
+    theirs = dict(teacher.lm_head.named_parameters())
+    for name, own in student.lm_head.named_parameters():
+        own[:rows] = theirs[name][:rows]
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from cleangpt.errors import UsageError
 
 LAYER_MAPS: Final = ("uniform", "first", "last")
 LayerMap = str | Sequence[int]
-"""A name of ``LAYER_MAPS``, or the teacher block of each student block, rising."""
+"""A name of ``LAYER_MAPS``, or the teacher block of each student block, never falling."""
 
 
 def choose_layer_map(wanted: LayerMap, student_blocks: int, teacher_blocks: int) -> tuple[int, ...]:
@@ -16,7 +16,9 @@ def choose_layer_map(wanted: LayerMap, student_blocks: int, teacher_blocks: int)
 
     "uniform" spreads the teacher's blocks evenly, last to last, so that a student block stands for
     several of them where the student is shallower; "first" takes as many as there are from the
-    bottom, "last" from the top.
+    bottom, "last" from the top. Where the student is deeper, several of its blocks learn from one
+    of the teacher's, each from where the one before it has come: all alike in "uniform", those
+    left over from the top one in "first", from the bottom one in "last".
 
     Args:
         wanted: One of these names, or the map itself.
@@ -24,22 +26,22 @@ def choose_layer_map(wanted: LayerMap, student_blocks: int, teacher_blocks: int)
         teacher_blocks: How many blocks the teacher has.
 
     Raises:
-        UsageError: If the student is deeper than the teacher, or a map of one's own does not have
-            one entry per student block, rising, each a block of the teacher.
+        UsageError: If a map of one's own does not have one entry per student block, none below the
+            one before it, each a block of the teacher.
 
     Example:
         >>> choose_layer_map("uniform", 2, 6), choose_layer_map("first", 2, 6)
         ((2, 5), (0, 1))
-        >>> choose_layer_map([1, 5], 2, 6)
-        (1, 5)
+        >>> choose_layer_map([1, 5], 2, 6), choose_layer_map([0, 0, 1], 3, 2)
+        ((1, 5), (0, 0, 1))
     """
     uniform = uniform_layer_map(student_blocks, teacher_blocks)
     if wanted == "uniform":
         return uniform
     if wanted == "first":
-        return tuple(range(student_blocks))
+        return tuple(min(m, teacher_blocks - 1) for m in range(student_blocks))
     if wanted == "last":
-        return tuple(range(teacher_blocks - student_blocks, teacher_blocks))
+        return tuple(max(0, teacher_blocks - student_blocks + m) for m in range(student_blocks))
     chosen = tuple(int(block) for block in wanted)
     problems = []
     if len(chosen) != student_blocks:
@@ -48,13 +50,14 @@ def choose_layer_map(wanted: LayerMap, student_blocks: int, teacher_blocks: int)
     if outside:
         known = f"0 to {teacher_blocks - 1}"
         problems.append(f"the teacher's blocks are {known}, and it names {outside}")
-    elif any(one >= other for one, other in itertools.pairwise(chosen)):
-        problems.append("its entries do not rise")
+    falls = [f"{one} to {other}" for one, other in itertools.pairwise(chosen) if one > other]
+    if falls and not outside:
+        problems.append(f"it falls from {falls[0]}")
     if problems:
         raise UsageError(
             f"The layer map {list(chosen)} does not fit: {'; '.join(problems)}.",
-            f"Give one rising entry per student block, such as {','.join(map(str, uniform))}"
-            " (--layer_map), which is uniform.",
+            "Give one entry per student block that is no lower than the one before it, such as"
+            f" {','.join(map(str, uniform))} (--layer_map), which is uniform.",
         )
     return chosen
 
@@ -62,23 +65,29 @@ def choose_layer_map(wanted: LayerMap, student_blocks: int, teacher_blocks: int)
 def uniform_layer_map(student_blocks: int, teacher_blocks: int) -> tuple[int, ...]:
     """Spread the teacher's blocks evenly over the student's, last to last.
 
-    Student block m (from 0) learns from teacher block ``round((m + 1) * T / S) - 1``, halves up:
-    the identity for equal depths.
+    Student block m (from 0) of S learns from teacher block ``round((m + 1) * T / S) - 1`` of T,
+    halves up: the identity for equal depths. A deeper student's learns from the one that lies
+    beside its middle, ``floor((m + 1/2) * T / S)``, so that every teacher block teaches as many
+    student blocks as any other, give or take one.
 
     Raises:
-        UsageError: If the student is deeper than the teacher.
+        UsageError: If one of them has no blocks.
 
     Example:
-        >>> uniform_layer_map(2, 6)
-        (2, 5)
+        >>> uniform_layer_map(2, 6), uniform_layer_map(5, 3)
+        ((2, 5), (0, 0, 1, 2, 2))
     """
-    if not 1 <= student_blocks <= teacher_blocks:
+    if student_blocks < 1 or teacher_blocks < 1:
         raise UsageError(
             f"The student has {student_blocks} blocks and the teacher {teacher_blocks};"
-            " each student block needs a teacher block of its own.",
-            f"Choose n_layer between 1 and {teacher_blocks}.",
+            " each needs one at least.",
+            "Choose n_layer >= 1.",
         )
     # Integer arithmetic: round() would go to even at the halves.
+    if student_blocks > teacher_blocks:
+        return tuple(
+            (2 * m + 1) * teacher_blocks // (2 * student_blocks) for m in range(student_blocks)
+        )
     return tuple(
         (2 * (m + 1) * teacher_blocks + student_blocks) // (2 * student_blocks) - 1
         for m in range(student_blocks)

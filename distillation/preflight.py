@@ -1,5 +1,6 @@
 """What the two models, the tokenizer and the data must have in common."""
 
+import logging
 from typing import Any
 
 import torch
@@ -8,7 +9,10 @@ from cleangpt.blocks import BlockStack
 from cleangpt.errors import InputError, UsageError
 from cleangpt.runtime.module_state import preserved_modes
 from cleangpt.runtime.ranks import Ranks
+from cleangpt.vocabulary import token_rows
 from distillation.batch import Batch
+
+logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -63,17 +67,43 @@ def check_vocabulary(teacher: BlockStack, student: BlockStack, tokenizer: Any) -
     Raises:
         InputError: If a vocabulary is smaller than the token ids that can occur.
     """
-    known = len(tokenizer) if tokenizer is not None else teacher.vocab_size
+    known = token_rows(tokenizer) if tokenizer is not None else teacher.vocab_size
     if known > teacher.vocab_size:
         raise InputError(
-            f"The tokenizer has {known} tokens, and the teacher's vocabulary {teacher.vocab_size}.",
+            f"The tokenizer's ids need {known} rows; the teacher's vocabulary has"
+            f" {teacher.vocab_size}.",
             "Use the tokenizer the teacher was trained with.",
         )
-    if student.vocab_size != teacher.vocab_size and student.vocab_size < known:
+    if student.vocab_size < known:
         raise InputError(
             f"The student's vocabulary has {student.vocab_size} tokens and the teacher's"
-            f" {teacher.vocab_size}; logits over different tokens cannot be compared.",
-            f"Build the student with vocab_size={teacher.vocab_size}.",
+            f" {known}; logits over different tokens cannot be compared.",
+            f"Build the student with vocab_size={known}.",
+        )
+
+
+def log_shared_rows(teacher: BlockStack, student: BlockStack) -> None:
+    """Say which rows logits are compared on, where the models have not equally many.
+
+    The rows beyond them are padding: :func:`check_vocabulary` has seen that both models have those
+    of all tokens.
+    """
+    shared = min(teacher.vocab_size, student.vocab_size)
+    if teacher.vocab_size == student.vocab_size:
+        return
+    logger.info(
+        "Vocabulary: the teacher has %d rows and the student %d; logits are compared, and rows"
+        " taken over, on the first %d.",
+        teacher.vocab_size,
+        student.vocab_size,
+        shared,
+    )
+    if student.vocab_size > shared:
+        logger.warning(
+            "The student's %d rows beyond them stand for no token, and nothing teaches it to avoid"
+            " them; vocab_size=%d has none.",
+            student.vocab_size - shared,
+            shared,
         )
 
 

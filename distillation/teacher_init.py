@@ -7,6 +7,7 @@ unchanged (SliceGPT, Ashkboos et al. 2024, arXiv:2401.15024); a basis of unit ve
 subcloning (Samragh et al. 2023, arXiv:2312.09299).
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,9 @@ from transformers.activations import ACT2FN
 
 from cleangpt.blocks import BlockStack
 from cleangpt.errors import UsageError
+from cleangpt.heads import head_is_tied
 from cleangpt.runtime.module_state import preserved_modes
+from distillation.head_init import can_copy_head, copy_head
 from distillation.teacher_weights import (
     AttentionWeights,
     BlockWeights,
@@ -61,7 +64,10 @@ def init_from_teacher(
         teacher: Where the weights come from.
         student: Where they go. A block takes what its ``parts`` name.
         layer_map: The teacher block whose output each student block will learn. Its weights come
-            from the first teacher block after the one before it (:func:`first_of_groups`).
+            from the first teacher block after the one before it (:func:`first_of_groups`). Of
+            blocks that start from the same one, only the first writes: the others add nothing until
+            they learn to, so that the student does at first what a shallower one would (block
+            expansion, Wu et al. 2024, arXiv:2401.02415).
         how: The setting's name, for what is said of it: "pca", "slice" or "layers".
         basis: Orthonormal columns; the student's states are to be the teacher's in this basis. None
             is the identity: the widths must be equal, and the head is copied as well. With the
@@ -89,6 +95,7 @@ def init_from_teacher(
     lines += _embeddings(teacher, student, shared)
     sources = first_of_groups(layer_map)
     lines.append(f"weights of the teacher's blocks {', '.join(map(str, sources))}")
+    repeats = [m for m in range(1, len(sources)) if sources[m] == sources[m - 1]]
     taken: dict[str, list[int]] = {}
     named: list[Any] = [
         getattr(student.block(index), "parts", lambda: None)() for index in range(len(sources))
@@ -96,9 +103,15 @@ def init_from_teacher(
     needs_sizes = any(getattr(parts, "mlp_gain", None) is not None for parts in named)
     sizes = _state_sizes(teacher, shared) if needs_sizes else [1.0] * teacher.num_blocks
     for index, (source, parts) in enumerate(zip(sources, named, strict=True)):
-        for said in _fill_block(read_block(teacher, source), parts, shared, sizes[source]):
+        weights = read_block(teacher, source)
+        if index in repeats:
+            weights = weights.silenced()
+        for said in _fill_block(weights, parts, shared, sizes[source]):
             taken.setdefault(said, []).append(index)
     lines += [f"{said} ({_blocks(where, student.num_blocks)})" for said, where in taken.items()]
+    if repeats:
+        silent = _blocks(repeats, student.num_blocks)
+        lines.append(f"copies of the block before, which write nothing at first ({silent})")
     return lines + (_head(teacher, student) if exact else [])
 
 
@@ -108,14 +121,19 @@ def first_of_groups(layer_map: Sequence[int]) -> list[int]:
     A student block stands for the teacher blocks after its predecessor's, up to its own in the map.
     The last of them expects states that no block has made yet, above all at the entrance: half the
     built-in teacher, at equal width, starts at a KL of 1.1 nats from the first ones and of 3.4 from
-    the last ones (3.9 at random).
+    the last ones (3.9 at random). Student blocks of one teacher block share those it stands for.
 
     Example:
-        >>> first_of_groups([1, 3, 5])
-        [0, 2, 4]
+        >>> first_of_groups([1, 3, 5]), first_of_groups([0, 0, 1]), first_of_groups([2, 2])
+        ([0, 2, 4], [0, 0, 1], [0, 1])
     """
-    before = (-1, *layer_map[:-1])
-    return [min(last + 1, own) for last, own in zip(before, layer_map, strict=True)]
+    sources: list[int] = []
+    start = 0
+    for target, group in itertools.groupby(layer_map):
+        several, stands_for = len(list(group)), target + 1 - start
+        sources += [start + k * stands_for // several for k in range(several)]
+        start = target + 1
+    return sources
 
 
 @dataclass(frozen=True, eq=False)
@@ -311,16 +329,14 @@ def _other_activation(weights: MLPWeights, parts: Any) -> list[str]:
 
 def _head(teacher: BlockStack, student: BlockStack) -> list[str]:
     """Copy final norm and head where they are of one kind."""
-    pairs = ((teacher.final_norm, student.final_norm), (teacher.lm_head, student.lm_head))
-    for theirs, own in pairs:
-        shapes = [{n: p.shape for n, p in m.named_parameters()} for m in (theirs, own)]
-        if type(theirs) is not type(own) or shapes[0] != shapes[1]:
-            return ["not taken: final norm and head, which are of another kind"]
-    tied = student.lm_head.weight is student.model.get_input_embeddings().weight
-    student.final_norm.load_state_dict(teacher.final_norm.state_dict())
-    if not tied:
-        student.lm_head.load_state_dict(teacher.lm_head.state_dict())
-    return ["final norm" if tied else "final norm and head"]
+    same_kind = type(teacher.lm_head) is type(student.lm_head)
+    if not same_kind or not can_copy_head(teacher, student, stitched=False):
+        return ["not taken: final norm and head, which are of another kind"]
+    if head_is_tied(student):
+        student.final_norm.load_state_dict(teacher.final_norm.state_dict())
+        return ["final norm"]
+    copy_head(teacher, student)
+    return ["final norm and head"]
 
 
 def _make_plain(norm: Any) -> None:

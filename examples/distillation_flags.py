@@ -15,9 +15,9 @@ from cleangpt.cli import (
     positive_int,
     probability,
 )
-from cleangpt.errors import UsageError
 from config_distillation import MODEL_TYPES
 from distillation.recipes import RECIPES, TUTORIAL
+from examples.student_flags import HF_STUDENT, check_student_flags, keep_own_weights
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,6 @@ PROGRAM = "examples.run_distillation_example"
 Row = tuple[str, Callable[[str], Any], Any, str]
 
 VALIDATION_TOKENS = 20_000
-HF_STUDENT = "hf"
 LAYER_MAPS = ("uniform", "first", "last")
 PER_BLOCK = "; one value, or one per block as 1e-3,5e-4"
 STUDENT_SWITCHES = {
@@ -149,19 +148,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """
     arguments = build_parser().parse_args(argv)
     named = _named_flags(argv)
-    _check_student_flags(arguments, named)
+    check_student_flags(arguments, named)
     chosen = arguments.recipe or ("tutorial" if named & _method_flags() else "best")
     values = recipe_flags(chosen)
     arguments.recipe = chosen
     for name, value in values.items():
         if name not in named:
             setattr(arguments, name, value)
-    if arguments.start_student or arguments.student_config:
-        # A student with weights starts as it is, its head too.
-        if "init_from_teacher" not in named:
-            arguments.init_from_teacher = "none"
-        if arguments.start_student and "initialize_head_from_teacher" not in named:
-            arguments.initialize_head_from_teacher = False
+    keep_own_weights(arguments, named)
     own = sorted(named & _method_flags() - {"recipe"})
     logger.info(
         "Recipe %s: %s. %s",
@@ -170,26 +164,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         f"Named by flags: {', '.join(own)}." if own else "No flag changes it.",
     )
     return arguments
-
-
-def _check_student_flags(arguments: argparse.Namespace, named: set[str]) -> None:
-    """Refuse flags of a student's shape where something else decides it."""
-    is_hf = arguments.student_model_type == HF_STUDENT
-    if is_hf != bool(arguments.student_config) and not arguments.start_student:
-        raise UsageError(
-            "--student_model_type hf and --student_config go together; one of them is missing.",
-            "Give both, such as --student_model_type hf --student_config llama.json, or neither.",
-        )
-    shape = sorted(n for n in named if n.startswith("student_") and n != "student_model_type")
-    if arguments.start_student:
-        decides, idle = "--start_student", [n for n in named if n.startswith("student_")]
-    else:
-        decides, idle = "--student_config", [n for n in shape if n != "student_config"] * is_hf
-    if idle:
-        raise UsageError(
-            f"{decides} decides the student, so --{', --'.join(sorted(idle))} would do nothing.",
-            f"Leave them out, or leave out {decides}.",
-        )
 
 
 def recipe_flags(name: str) -> dict[str, Any]:
@@ -292,7 +266,7 @@ def _add_model_flags(parser: CommandParser) -> None:
         default="uniform",
         metavar="MAP",
         help="which teacher block each student block learns from: uniform (spread, last to last),"
-        " first, last, or one per student block as 1,3,5 (default: uniform)",
+        " first, last, or one per student block as 1,3,5 or 0,0,1 (default: uniform)",
     )
     meaning = "student blocks that learn, as 3-5 or 0,2; others stay (default: all)"
     add("--blocks", type=block_ranges, metavar="BLOCKS", help=meaning)

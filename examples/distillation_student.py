@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from examples.distillation_flags import HF_STUDENT, STUDENT_SWITCHES
+from examples.distillation_flags import STUDENT_SWITCHES
+from examples.student_flags import HF_STUDENT, holds_weights
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,9 +38,9 @@ def build_student(
     torch.manual_seed(arguments.seed)
     student: Any
     if arguments.start_student:
-        student = load_student(arguments.start_student, arguments.trust_remote_code)
+        student = load_student(arguments.start_student, teacher, arguments.trust_remote_code)
     elif arguments.student_model_type == HF_STUDENT:
-        student = hf_student(arguments.student_config)
+        student = hf_student(arguments.student_config, teacher)
     else:
         config = student_config(arguments, teacher)
         student = get_model_class(arguments.student_model_type)(config=config)
@@ -65,33 +66,46 @@ def describe(student: "nn.Module", teacher: "Teacher") -> None:
     )
 
 
-def load_student(name: str, trust_remote_code: bool) -> Any:
-    """A student that exists: a run, a ``.pt`` file, or a HuggingFace folder."""
-    from distillation.evaluation.loading import load_model
+def load_student(name: str, teacher: "Teacher", trust_remote_code: bool) -> Any:
+    """A student that exists: a run, a ``.pt`` file, or a HuggingFace folder.
+
+    Raises:
+        InputError: If a tokenizer lies beside it that is not the teacher's.
+    """
+    from distillation.evaluation.loading import check_same_vocabulary, load_model
 
     loaded = load_model(name, trust_remote_code=trust_remote_code)
+    check_same_vocabulary(loaded, teacher.tokenizer)
+    if loaded.vocabulary is None:
+        logger.info("%s has no tokenizer; its ids are taken to be the teacher's.", name)
     return loaded.model.requires_grad_(True)
 
 
-def hf_student(name: str) -> Any:
+def hf_student(name: str, teacher: "Teacher") -> Any:
     """A HuggingFace causal LM: from a folder with weights as it is, from a configuration at random.
 
+    A configuration that says nothing of its vocabulary gets the teacher's tokens.
+
     Raises:
-        InputError: If there is no such file, or it is not the configuration of a causal LM.
+        InputError: If there is no such file, or it is not the configuration of a causal LM, or a
+            tokenizer lies beside it that is not the teacher's.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from cleangpt.errors import InputError
     from cleangpt.teacher import check_causal
+    from cleangpt.vocabulary import token_rows
 
     path = Path(name)
-    if path.is_dir() and any([*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")]):
-        return load_student(name, trust_remote_code=False)
+    if holds_weights(name):
+        return load_student(name, teacher, trust_remote_code=False)
+    if path.is_dir():
+        check_tokenizer_beside(path, teacher)
     file = path / "config.json" if path.is_dir() else path
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
-        config = AutoConfig.for_model(**fields)
+        config = AutoConfig.for_model(**{"vocab_size": token_rows(teacher.tokenizer), **fields})
         student = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         check_causal(student.eval())
         return student
@@ -104,6 +118,21 @@ def hf_student(name: str) -> Any:
         ) from error
 
 
+def check_tokenizer_beside(folder: Path, teacher: "Teacher") -> None:
+    """Refuse a configuration that lies beside another tokenizer than the teacher's.
+
+    Raises:
+        InputError: With the first tokens that differ.
+    """
+    from cleangpt.vocabulary import check_same_tokens
+    from distillation.evaluation.loading import vocabulary_of
+
+    own = vocabulary_of(folder)
+    if own is not None:
+        remedy = "Take the tokenizer's files out of that folder, or choose another teacher."
+        check_same_tokens(own, teacher.tokenizer.get_vocab(), str(folder), remedy)
+
+
 def student_config(arguments: argparse.Namespace, teacher: "Teacher") -> "GPTConfig":
     """The architecture of one of our students; what no flag says follows from the teacher.
 
@@ -112,6 +141,7 @@ def student_config(arguments: argparse.Namespace, teacher: "Teacher") -> "GPTCon
     """
     from cleangpt.blocks import BlockStack
     from cleangpt.errors import UsageError
+    from cleangpt.vocabulary import token_rows
     from config_distillation import GPTConfig
 
     stack = BlockStack(teacher.model)
@@ -128,7 +158,7 @@ def student_config(arguments: argparse.Namespace, teacher: "Teacher") -> "GPTCon
     try:
         return GPTConfig(
             block_size=arguments.block_size,
-            vocab_size=stack.vocab_size,
+            vocab_size=token_rows(teacher.tokenizer),  # a teacher's padded rows stand for nothing
             n_layer=arguments.student_n_layer or stack.num_blocks,
             n_head=n_head,
             n_embd=arguments.student_n_embd or half,

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 from cleangpt.cli import run_command, setup_logging
 from cleangpt.runtime.launcher import launched
 from examples.distillation_data import build_dataloader, validation_dataloader
-from examples.distillation_flags import HF_STUDENT, build_parser, parse_arguments
+from examples.distillation_flags import build_parser, parse_arguments
 from examples.distillation_student import build_student
+from examples.student_flags import HF_STUDENT
 
 if TYPE_CHECKING:
     from torch import nn

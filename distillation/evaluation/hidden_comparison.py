@@ -42,8 +42,6 @@ def compare_hidden_states(
 ) -> HiddenResult | None:
     """Return the error of every student block, or None (with a note) if none can be measured."""
     chosen_map = _choose_layer_map(student, teacher, stitches, layer_map, notes)
-    if chosen_map is None:
-        return None
     windows = plan_windows(len(token_ids), seq_len, seq_len)
     result = _compare(student, teacher, token_ids, windows, batch_size, stitches, chosen_map, notes)
     if result is not None and can_be_mixed(student, teacher):
@@ -106,17 +104,11 @@ def _choose_layer_map(
     stitches: StitchingLayers | None,
     layer_map: Sequence[int] | None,
     notes: list[str],
-) -> tuple[int, ...] | None:
-    """The given map, else the saved one, else the training default; None for a deeper student."""
+) -> tuple[int, ...]:
+    """The given map, else the saved one, else the training default."""
     chosen = tuple(layer_map) if layer_map is not None else None
     if chosen is None and stitches is not None:
         chosen = tuple(stitches.layer_map)
-    if chosen is None and student.num_blocks > teacher.num_blocks:
-        notes.append(
-            f"Hidden states not compared: the student has {student.num_blocks} blocks, more than "
-            f"the teacher's {teacher.num_blocks}."
-        )
-        return None
     if chosen is None:
         chosen = uniform_layer_map(student.num_blocks, teacher.num_blocks)
         if student.num_blocks != teacher.num_blocks:

@@ -1,7 +1,8 @@
 """The teacher with some of its blocks replaced by the student's: which block costs what.
 
 Possible where both models pass on states of one width. A student block then takes the place of all
-the teacher blocks it stands for, alone or together with the student blocks before it.
+the teacher blocks it stands for, alone or together with the student blocks before it. One that
+learnt from the same teacher block as the one before it stands for none and is put in after it.
 """
 
 from collections.abc import Iterable, Sequence

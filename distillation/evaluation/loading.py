@@ -20,7 +20,8 @@ from cleangpt.data import TextDataset
 from cleangpt.data.overlap import contained_share
 from cleangpt.errors import CheckpointError, InputError, UsageError
 from cleangpt.hub import local_path
-from cleangpt.teacher import load_teacher
+from cleangpt.teacher import TOKENIZER_FILES, load_teacher
+from cleangpt.vocabulary import check_same_tokens
 from distillation.utils.checkpoint import load_checkpoint
 from stitching_layers import StitchingLayers, load_stitches
 
@@ -96,7 +97,7 @@ def load_model(
         source=str(location),
         run_dir=run_dir,
         stitches=_stitches_of(run_dir) if is_run else None,
-        vocabulary=_vocabulary_of(folder),
+        vocabulary=vocabulary_of(folder),
         notes=_run_notes(run_dir) if is_run else (),
     )
 
@@ -325,9 +326,9 @@ def _stitches_of(run_dir: Path) -> StitchingLayers | None:
         ) from error
 
 
-def _vocabulary_of(folder: Path) -> dict[str, int] | None:
-    """Token to id of the tokenizer in a folder."""
-    if not (folder / "tokenizer.json").is_file():
+def vocabulary_of(folder: Path) -> dict[str, int] | None:
+    """Token to id of the tokenizer in a folder; None if there is none."""
+    if not any(next(folder.glob(pattern), None) for pattern in TOKENIZER_FILES):
         return None
     from transformers import AutoTokenizer
 
@@ -362,17 +363,14 @@ def check_same_vocabulary(loaded: LoadedModel, teacher_tokenizer: Any) -> None:
     """Refuse to compare models whose token ids mean different things.
 
     Raises:
-        InputError: If a token has different ids in the two vocabularies.
+        InputError: If a token has different ids in the two vocabularies, or is in one of them only.
     """
     if loaded.vocabulary is None:
         return
-    teacher = teacher_tokenizer.get_vocab()
-    shared = loaded.vocabulary.keys() & teacher.keys()
-    different = sorted(token for token in shared if loaded.vocabulary[token] != teacher[token])
-    if different or len(shared) < min(len(teacher), len(loaded.vocabulary)):
-        raise InputError(
-            f"{loaded.name} and the teacher have different vocabularies ({len(loaded.vocabulary)} "
-            f"and {len(teacher)} tokens, {len(shared) - len(different)} with the same id): "
-            "their predictions cannot be compared.",
-            "Name the teacher the student was distilled from with --teacher_model_name.",
-        )
+    check_same_tokens(
+        loaded.vocabulary,
+        teacher_tokenizer.get_vocab(),
+        loaded.name,
+        "Name the teacher the student was distilled from (--teacher_model_name_or_path,"
+        " --teacher_model_name).",
+    )

@@ -72,7 +72,7 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
         **options: See :class:`~distillation.config.DistillationConfig`.
 
     Raises:
-        UsageError: If widths differ without stitching, or the student is deeper than the teacher.
+        UsageError: If widths differ without stitching, or the layer map does not fit.
     """
 
     def __init__(

@@ -17,6 +17,7 @@ from distillation.head_fold import check_foldable, fold_head
 from distillation.head_init import can_copy_head, copy_head, fit_head, untie_lm_head
 from distillation.logit_stages import HeadStage
 from distillation.losses import LogitDistillationLoss
+from distillation.preflight import log_shared_rows
 from distillation.stages import Loss
 from distillation.trainers.base_trainer import BaseDistillationTrainer
 from stitching_layers import StitchingLayer
@@ -91,6 +92,7 @@ class HeadDistillationTrainer(BaseDistillationTrainer):
             validation_dataloader=validation_dataloader,
         )
         self.overwrite = overwrite
+        log_shared_rows(self.teacher, self.student)
         self.logit_loss_fn: Loss = LogitDistillationLoss(logit_loss_type, logit_loss_temperature)
         # Whether the student's hidden states are the teacher's only through a stitch; a caller
         # who knows that they are the teacher's own sets False, and the head is copied then.

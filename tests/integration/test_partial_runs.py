@@ -37,6 +37,41 @@ def test_the_map_decides_what_is_learnt(wanted: Any, taught: list[int], tmp_path
     assert list(saved.layer_map) == taught
 
 
+DEEP = [("sequential", "ram"), ("sequential", "off"), ("parallel_local", "ram")]
+
+
+@pytest.fixture(scope="module")
+def deep_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], list[Any]]:
+    """The rows of runs of five blocks under a teacher of three."""
+    found = {}
+    for schedule, cache in DEEP:
+        folder = tmp_path_factory.mktemp("deep")
+        options = {"schedule": schedule, "activation_cache": cache, "audit_tokens": 0}
+        options |= {"stitch_start": "least_squares", "polish_hidden_weight": 1.0}
+        own = trainer(folder, tiny_student(n_layer=5), **options)
+        results = own.train(epochs_per_block=8, lr_per_block=3e-3, polish_epochs=1)
+        found[schedule, cache] = results["blocks"]
+    return found
+
+
+def test_a_deeper_student_refines_a_level_block_by_block(
+    deep_runs: dict[tuple[str, str], list[Any]],
+) -> None:
+    for rows in deep_runs.values():
+        assert [row["teacher_block"] for row in rows] == [0, 0, 1, 2, 2]
+        errors = [row["relative_error"] for row in rows]
+        assert errors[1] < errors[0]
+        assert errors[4] < errors[3]
+
+
+def test_a_deeper_student_learns_the_same_with_and_without_kept_states(
+    deep_runs: dict[tuple[str, str], list[Any]],
+) -> None:
+    kept, streamed = (deep_runs["sequential", cache] for cache in ("ram", "off"))
+    for one, other in zip(kept, streamed, strict=True):
+        assert one["last_loss"] == other["last_loss"]
+
+
 def test_a_bad_map_is_refused_before_anything_runs(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"\[0, 3\] does not fit.*\n.*such as 1,2"):
         trainer(tmp_path, tiny_student(), layer_map=[0, 3])

@@ -111,6 +111,34 @@ def test_a_shallower_student_takes_the_first_block_of_each_group() -> None:
             torch.testing.assert_close(made, theirs.advance(source, state, IDS))
 
 
+@pytest.mark.parametrize("layers", [(0, 0, 1, 2, 2), (0, 1, 1, 1, 2)])
+def test_a_deeper_student_is_its_teacher_and_its_copies_learn(layers: tuple[int, ...]) -> None:
+    teacher, student = noisy_teacher("gpt2"), tiny_student(**{**SAME_SHAPE, "n_layer": 5})
+    lines = started(teacher, student, layers=layers)
+    torch.testing.assert_close(logits(student), logits(teacher), rtol=1e-5, atol=1e-5)
+    silent = [m for m in range(1, 5) if layers[m] == layers[m - 1]]
+    named = ", ".join(map(str, silent))
+    assert f"copies of the block before, which write nothing at first (blocks {named})" in lines
+    student(IDS, labels=IDS).loss.backward()
+    for block in silent:
+        assert not student.blocks[block].mlp.down.weight.any()
+        assert student.blocks[block].mlp.down.weight.grad.abs().max() > 0
+        assert student.blocks[block].proj.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("kind", STUDENTS)
+def test_a_deeper_narrow_student_starts_where_an_equally_deep_one_does(kind: str) -> None:
+    teacher, basis = noisy_teacher("gpt2"), orthonormal(16)
+    shape = {"n_embd": 16, "n_head": 4, "attn_gain": "fixed_one"}
+    even, deep = (tiny_student(kind, **{**shape, "n_layer": n}) for n in (BLOCKS, 2 * BLOCKS))
+    started(teacher, even, basis)
+    started(teacher, deep, basis, layers=(0, 0, 1, 1, 2, 2))
+    if kind != "Factored":  # whose attention moves its other stream once more
+        torch.testing.assert_close(logits(deep), logits(even), rtol=1e-3, atol=1e-3)
+    assert not deep.blocks[1].mlp.down.weight.any()
+    assert deep.blocks[2].mlp.down.weight.any()
+
+
 def test_what_has_no_place_is_said() -> None:
     lines = started(noisy_teacher("gpt2"), tiny_student(**{**SAME_SHAPE, "bias": False}))
     assert "not taken: biases, which the student's maps do not have (all blocks)" in lines

@@ -120,12 +120,13 @@ def test_nothing_is_float64_on_the_device() -> None:
     assert sums.num_positions == 9
 
 
-def test_a_deeper_student_is_left_out_with_a_note() -> None:
+def test_a_deeper_student_is_compared_with_blocks_more_than_once() -> None:
     from tests.builders import tiny_student, tiny_teacher
 
     found, notes = compare(tiny_student("Vanilla", n_layer=4).eval(), tiny_teacher("gpt2"))
-    assert found is None
-    assert "4 blocks" in notes[0]
+    assert found is not None
+    assert [block["teacher_block"] for block in found["blocks"]] == [0, 1, 1, 2]
+    assert "[0, 1, 1, 2], spread evenly" in notes[0]
 
 
 def test_one_window_is_too_little_to_fit() -> None:

@@ -26,11 +26,19 @@ def test_equal_depth_is_the_identity() -> None:
     assert uniform_layer_map(2, 12) == (5, 11)
 
 
-@pytest.mark.parametrize(("student", "teacher"), [(0, 4), (5, 4)])
-def test_impossible_depths_are_refused(student: int, teacher: int) -> None:
-    with pytest.raises(UsageError, match=f"{student} blocks and the teacher {teacher}") as error:
-        uniform_layer_map(student, teacher)
-    assert "n_layer between 1 and 4" in error.value.remedy
+@given(teacher=st.integers(1, 40), extra=st.integers(1, 60))
+def test_a_deeper_student_shares_the_teachers_blocks_evenly(teacher: int, extra: int) -> None:
+    layer_map = uniform_layer_map(teacher + extra, teacher)
+    shares = [layer_map.count(block) for block in range(teacher)]
+    assert list(layer_map) == sorted(layer_map)
+    assert sum(shares) == teacher + extra
+    assert max(shares) - min(shares) <= 1
+
+
+def test_no_blocks_are_refused() -> None:
+    with pytest.raises(UsageError, match="0 blocks and the teacher 4") as error:
+        uniform_layer_map(0, 4)
+    assert "n_layer >= 1" in error.value.remedy
 
 
 def test_named_maps_are_the_two_ends() -> None:
@@ -38,10 +46,14 @@ def test_named_maps_are_the_two_ends() -> None:
     assert choose_layer_map("last", 3, 8) == (5, 6, 7)
     assert choose_layer_map("uniform", 3, 8) == uniform_layer_map(3, 8)
     assert {choose_layer_map(name, 4, 4) for name in LAYER_MAPS} == {(0, 1, 2, 3)}
+    deeper = [choose_layer_map(name, 5, 3) for name in LAYER_MAPS]
+    assert deeper == [(0, 0, 1, 2, 2), (0, 1, 2, 2, 2), (0, 0, 0, 1, 2)]
 
 
 def test_a_map_of_ones_own() -> None:
     assert choose_layer_map([0, 2, 7], 3, 8) == (0, 2, 7)
+    assert choose_layer_map([0, 2, 2], 3, 8) == (0, 2, 2)
+    assert choose_layer_map([0, 0, 1, 1], 4, 2) == (0, 0, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -50,8 +62,8 @@ def test_a_map_of_ones_own() -> None:
         ([0, 1], "it has 2 entries for 3 student blocks"),
         ([0, 1, 8], r"the teacher's blocks are 0 to 7, and it names \[8\]"),
         ([-1, 1, 2], r"names \[-1\]"),
-        ([0, 2, 2], "its entries do not rise"),
-        ([2, 1, 5], "its entries do not rise"),
+        ([2, 1, 5], "it falls from 2 to 1"),
+        ([2, 5, 4], "it falls from 5 to 4"),
     ],
 )
 def test_bad_maps_are_refused_with_one_that_fits(wanted: list[int], cause: str) -> None:

@@ -1,0 +1,52 @@
+"""What the flags of a student that exists already mean for the others."""
+
+import argparse
+import logging
+from pathlib import Path
+
+from cleangpt.errors import UsageError
+
+logger = logging.getLogger(__name__)
+
+HF_STUDENT = "hf"
+
+
+def check_student_flags(arguments: argparse.Namespace, named: set[str]) -> None:
+    """Refuse flags of a student's shape where something else decides it."""
+    is_hf = arguments.student_model_type == HF_STUDENT
+    if is_hf != bool(arguments.student_config) and not arguments.start_student:
+        raise UsageError(
+            "--student_model_type hf and --student_config go together; one of them is missing.",
+            "Give both, such as --student_model_type hf --student_config llama.json, or neither.",
+        )
+    shape = sorted(n for n in named if n.startswith("student_") and n != "student_model_type")
+    if arguments.start_student:
+        decides, idle = "--start_student", [n for n in named if n.startswith("student_")]
+    else:
+        decides, idle = "--student_config", [n for n in shape if n != "student_config"] * is_hf
+    if idle:
+        raise UsageError(
+            f"{decides} decides the student, so --{', --'.join(sorted(idle))} would do nothing.",
+            f"Leave them out, or leave out {decides}.",
+        )
+
+
+def keep_own_weights(arguments: argparse.Namespace, named: set[str]) -> None:
+    """Let a student that has weights start as it is, its head too, unless flags say otherwise."""
+    if not arguments.start_student and not arguments.student_config:
+        return
+    if "init_from_teacher" not in named:
+        arguments.init_from_teacher = "none"
+    has_weights = arguments.start_student or holds_weights(arguments.student_config)
+    if has_weights and "initialize_head_from_teacher" not in named:
+        arguments.initialize_head_from_teacher = False
+        logger.info(
+            "The student starts from its own weights, its head too;"
+            " --initialize_head_from_teacher gives it the teacher's."
+        )
+
+
+def holds_weights(name: str) -> bool:
+    """Whether a name is that of a folder with a model's weights."""
+    path = Path(name)
+    return path.is_dir() and any([*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")])
