@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from benchmarks.gguf_files import ARCHITECTURES, NOT_WRITTEN, UNSTATED, write_gguf
 from cleangpt.blocks import BlockStack
 from cleangpt.errors import CleanGPTError
 from cleangpt.teacher import Teacher, load_teacher
@@ -107,7 +108,7 @@ class Finding:
 
     Args:
         family: Its ``model_type``.
-        verdict: "works", "refused" (with our words), "fails" or "not tried".
+        verdict: "works", "refused" (with our words), "fails", "differs" or "not tried".
         remark: Why, or what is not as usual; may be empty.
         logits: Largest difference between the model's logits and those from the last block's state
             on, as a share of the largest logit.
@@ -123,24 +124,24 @@ class Finding:
     padding: float | None = None
 
 
-def tiny_config(family: str) -> Any:
-    """A configuration of the family with three small blocks."""
+def tiny_config(family: str, **own: Any) -> Any:
+    """A configuration of the family with three small blocks, and with these fields of its own."""
     text = AutoConfig.for_model(family).get_text_config()
     known = {*text.to_dict(), *getattr(type(text), "attribute_map", {})}
     small = {key: value for key, value in SMALL.items() if key in known or hasattr(text, key)}
-    small |= OWN.get(family, {})
+    small |= {**OWN.get(family, {}), **own}
     for name in READ_ONLY.get(family, ()):
         small.pop(name)
     return type(text)(**small)
 
 
-def tiny_model(family: str) -> Any:
+def tiny_model(family: str, **own: Any) -> Any:
     """A random model of the family; weights three times as large as usual, so that blocks act.
 
     Raises:
         ValueError: If the family cannot be built small.
     """
-    config = tiny_config(family)
+    config = tiny_config(family, **own)
     with torch.device("meta"):
         size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     if size > MOST_PARAMETERS:
@@ -176,6 +177,32 @@ def try_family(family: str) -> Finding:
             return Finding(family, "fails", one_line(error))
     remark = "" if measured["padding"] < 1e-4 else "windows without padding only"
     return Finding(family, "works", remark, **measured)
+
+
+def try_gguf(architecture: str) -> Finding:
+    """Write a tiny model of one architecture as a GGUF file, load it, take it apart, distil it.
+
+    The finding's ``logits`` is the largest difference to the logits of the model that was written.
+    """
+    if architecture in NOT_WRITTEN:
+        return Finding(architecture, "not tried", NOT_WRITTEN[architecture])
+    ids = torch.randint(3, 99, (2, 12), generator=torch.Generator().manual_seed(0))
+    with quiet(), tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "tiny.gguf"
+        model = tiny_model(ARCHITECTURES[architecture], **UNSTATED.get(architecture, {}))
+        write_gguf(model, load_teacher("builtin").tokenizer, file, architecture)
+        try:
+            teacher = load_teacher(str(file))
+            logits = difference(
+                teacher.model(ids, use_cache=False).logits, model(ids, use_cache=False).logits
+            )
+            distil(teacher, Path(folder) / "run")
+        except CleanGPTError as error:
+            return Finding(architecture, "refused", error.cause.replace(f"teacher {file}", "it"))
+        text = teacher.tokenizer.decode(teacher.tokenizer("a word").input_ids).endswith("a word")
+    if logits > 1e-5 or not text:
+        return Finding(architecture, "differs", "" if text else "its tokenizer", logits=logits)
+    return Finding(architecture, "works", "", logits=logits)
 
 
 @torch.no_grad()

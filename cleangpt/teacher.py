@@ -25,6 +25,7 @@ from transformers import (
 
 from cleangpt.errors import InputError
 from cleangpt.hub import is_hub_reachable, offline, refused, unreachable
+from cleangpt.quantized import loading_options, not_readable, quantisation_of, unpack
 from cleangpt.runtime.module_state import tensors_fingerprint
 from cleangpt.teacher_source import TEACHER_FLAG, TeacherSource, find_teacher
 from cleangpt.vocabulary import token_rows
@@ -89,7 +90,11 @@ def _one_line(error: BaseException) -> str:
 def _read_config(source: TeacherSource) -> Any:
     """Return the configuration; refuse an unknown ``model_type`` and code without trust."""
     try:
-        return AutoConfig.from_pretrained(source.location, **source.options())
+        config = AutoConfig.from_pretrained(source.location, **source.options())
+        if source.gguf_file and config.model_type == "gpt2":
+            # Read from the file into a field that the model does not look at.
+            config.n_positions = getattr(config, "n_ctx", config.n_positions)
+        return config
     except (ValueError, KeyError) as error:
         remedy = (
             "Pass --trust_remote_code if you trust that code."
@@ -141,10 +146,33 @@ def _read_model(source: TeacherSource, config: Any, dtype: torch.dtype) -> PreTr
             config=config,
             dtype=dtype,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, in words
             **options,
+            **loading_options(source.gguf_file),
         )
     except (ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+        kind = quantisation_of(config)
+        if kind is not None and isinstance(error, ImportError):
+            raise not_readable(source.label, kind, error, TEACHER_FLAG) from error
         raise _unreadable(source, error) from error
+    _check_complete(source, model, report)
+    if stored and stored != _dtype_name(dtype):
+        logger.info("teacher stored in %s, computing in %s", stored, _dtype_name(dtype))
+    model = unpack(model, dtype, source.label, TEACHER_FLAG)
+    # Left behind although the weights are plain numbers now; it would be saved.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model
+
+
+def _check_complete(source: TeacherSource, model: PreTrainedModel, report: Any) -> None:
+    if report["mismatched_keys"]:
+        name, stored_shape, own = min(report["mismatched_keys"])
+        raise InputError(
+            f"the weights of teacher {source.label} do not fit its configuration: {name} is"
+            f" {list(stored_shape)} in the file and {list(own)} in a {type(model).__name__}.",
+            f"Fetch or save the model again, or give {TEACHER_FLAG} another one.",
+        )
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise InputError(
@@ -152,12 +180,6 @@ def _read_model(source: TeacherSource, config: Any, dtype: torch.dtype) -> PreTr
             f"such as {missing[0]}; they would be random.",
             f"Give {TEACHER_FLAG} a complete causal language model.",
         )
-    if stored and stored != _dtype_name(dtype):
-        logger.info("teacher stored in %s, computing in %s", stored, _dtype_name(dtype))
-    # Left behind by a GGUF file although the weights are plain numbers now; it would be saved.
-    if source.gguf_file and hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    return model
 
 
 def _dtype_name(dtype: Any) -> str:

@@ -32,7 +32,7 @@ def verdicts() -> dict[str, str]:
         name: title.lower()
         for title, table in zip(parts[::2], parts[1::2], strict=True)
         for name in re.findall(r"^\| ([\w-]+) \|", table, flags=re.MULTILINE)
-        if name != "family"
+        if name != "family" and title != "GGUF files"
     }
 
 

@@ -59,8 +59,10 @@ def test_a_folder_with_weights_starts_from_them(place: Path) -> None:
     model = build("opt")
     model.save_pretrained(start)
     flags = ["--student_model_type", "hf", "--student_config", str(start), "--blocks", "1"]
-    folder, _ = run(place, "opt", *flags, "--no_train_lm_head")
+    flags += ["--recipe", "best", "--polish_epochs", "0", "--no_overfit_gate"]
+    folder, _ = run(place, "opt", *flags, "--early_stop_patience", "0", "--validation_tokens", "0")
     before, after = model.state_dict(), load_model(str(folder)).model.state_dict()
+    assert torch.equal(before["lm_head.weight"], after["lm_head.weight"])
     first, second = (
         [torch.equal(before[n], after[n]) for n in before if f"layers.{block}." in n]
         for block in range(BLOCKS)
@@ -103,6 +105,18 @@ def test_a_start_keeps_its_weights_unless_told_otherwise() -> None:
     assert parsed.init_from_teacher == "none"
     flags = ["--start_student", "x", "--init_from_teacher", "pca"]
     assert command.parse_arguments(flags).init_from_teacher == "pca"
+
+
+def test_a_folder_keeps_its_head_only_if_it_has_weights(place: Path, tmp_path: Path) -> None:
+    build("opt").save_pretrained(tmp_path)
+    start = ["--student_model_type", "hf", "--student_config"]
+    for recipe in ("best", "tutorial"):
+        flags = [*start, str(tmp_path), "--recipe", recipe]
+        assert not command.parse_arguments(flags).initialize_head_from_teacher
+        flags += ["--initialize_head_from_teacher"]
+        assert command.parse_arguments(flags).initialize_head_from_teacher
+        flags = [*start, str(place / "llama.json"), "--recipe", recipe]
+        assert command.parse_arguments(flags).initialize_head_from_teacher
 
 
 BAD_CONFIGURATIONS = [

@@ -49,7 +49,8 @@ def deep_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str],
         options = {"schedule": schedule, "activation_cache": cache, "audit_tokens": 0}
         options |= {"stitch_start": "least_squares", "polish_hidden_weight": 1.0}
         own = trainer(folder, tiny_student(n_layer=5), **options)
-        results = own.train(epochs_per_block=8, lr_per_block=3e-3, polish_epochs=1)
+        training = {"train_lm_head": False, "polish_epochs": 1}
+        results = own.train(epochs_per_block=6, lr_per_block=3e-3, **training)
         found[schedule, cache] = results["blocks"]
     return found
 
@@ -57,11 +58,13 @@ def deep_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str],
 def test_a_deeper_student_refines_a_level_block_by_block(
     deep_runs: dict[tuple[str, str], list[Any]],
 ) -> None:
-    for rows in deep_runs.values():
+    for (schedule, _), rows in deep_runs.items():
         assert [row["teacher_block"] for row in rows] == [0, 0, 1, 2, 2]
+        assert all(row["last_loss"] < row["first_loss"] for row in rows)
         errors = [row["relative_error"] for row in rows]
-        assert errors[1] < errors[0]
-        assert errors[4] < errors[3]
+        if schedule == "sequential":
+            assert errors[1] < 0.9 * errors[0]
+            assert errors[4] < errors[3]
 
 
 def test_a_deeper_student_learns_the_same_with_and_without_kept_states(
