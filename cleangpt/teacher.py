@@ -96,6 +96,8 @@ def _read_config(source: TeacherSource) -> Any:
             config.n_positions = getattr(config, "n_ctx", config.n_positions)
         return config
     except (ValueError, KeyError) as error:
+        if source.gguf_file and "not supported" not in str(error):
+            raise _unreadable(source, error) from error
         remedy = (
             "Pass --trust_remote_code if you trust that code."
             if "trust_remote_code" in str(error)
@@ -188,7 +190,7 @@ def _dtype_name(dtype: Any) -> str:
 
 def _unreadable(source: TeacherSource, error: BaseException) -> InputError:
     return InputError(
-        f"the weights of teacher {source.label} cannot be read: {_one_line(error)}",
+        f"teacher {source.label} cannot be read: {_one_line(error)}",
         f"Fetch or save the model again, or give {TEACHER_FLAG} another one.",
     )
 

@@ -132,6 +132,7 @@ def _evaluate(
     """Measure, and add what only the command knows: where models and text came from."""
     from distillation.evaluation.evaluator import evaluate
     from distillation.evaluation.loading import share_trained_on
+    from distillation.evaluation.training_record import add_local_errors
 
     names = _names(student, baselines)
     result = evaluate(
@@ -145,6 +146,7 @@ def _evaluate(
         student_name=names[0],
         teacher_name=f"teacher ({Path(teacher.name).name})",
     )
+    add_local_errors(result, student.local_errors)
     sources = [teacher.source, student.source, *(loaded.source for loaded in baselines)]
     for model_result, model_source in zip(result["models"], sources, strict=True):
         model_result["source"] = model_source

@@ -57,6 +57,7 @@ class ErrorSums:
             teacher_block=teacher_block,
             mse=self.squared_error / (count * max(self.target_sum.numel(), 1)),
             relative_error=relative,
+            local_error=None,
             cosine=self.cosine / count,
         )
 

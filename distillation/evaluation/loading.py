@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from cleangpt.errors import CheckpointError, InputError, UsageError
 from cleangpt.hub import local_path
 from cleangpt.teacher import TOKENIZER_FILES, load_teacher
 from cleangpt.vocabulary import check_same_tokens
+from distillation.evaluation.training_record import local_errors
 from distillation.utils.checkpoint import load_checkpoint
 from stitching_layers import StitchingLayers, load_stitches
 
@@ -43,6 +44,7 @@ class LoadedModel:
         stitches: The run's stitching layers, if saved.
         vocabulary: Token to id, if a tokenizer lies beside it.
         notes: What the report must say about it, such as an unfinished run.
+        local_errors: Student block to its relative error when it had learnt, if the run tells.
     """
 
     model: nn.Module
@@ -52,6 +54,7 @@ class LoadedModel:
     stitches: StitchingLayers | None = None
     vocabulary: dict[str, int] | None = None
     notes: tuple[str, ...] = ()
+    local_errors: dict[int, float] = field(default_factory=dict)
 
 
 def load_model(
@@ -99,6 +102,7 @@ def load_model(
         stitches=_stitches_of(run_dir) if is_run else None,
         vocabulary=vocabulary_of(folder),
         notes=_run_notes(run_dir) if is_run else (),
+        local_errors=local_errors(run_dir) if is_run else {},
     )
 
 

@@ -128,8 +128,11 @@ GLOSSARY = {
     "KL to teacher": "KL(teacher || model) in nats per token, at temperature 1; 0 for the teacher.",
     "top-1 agreement": "how often the model's most likely token is the teacher's.",
     "bits per byte": "the loss per byte of text; comparable between tokenizers.",
-    "relative error": "squared error of a block's hidden states, divided by that of the teacher's "
-    "own mean: 0 is perfect, 1 is what a constant reaches.",
+    "chained error": "squared error of a block's hidden states, divided by that of the teacher's "
+    "own mean: 0 is perfect, 1 is what a constant reaches. The block reads what the student's "
+    "blocks before it make.",
+    "local error": "the same share as the run recorded it when the block had learnt: on the inputs "
+    "it learnt from (--block_inputs), on training text, and on states as its loss compares them.",
     "KL in the teacher": "KL to the teacher, in nats per token, of the teacher itself with this "
     "student block in place of those it stands for; then with all student blocks before it too.",
     "tokens/s": "one window at a time; models take turns, and the median counts.",

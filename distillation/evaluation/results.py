@@ -133,7 +133,11 @@ class BlockError(TypedDict):
         student_block, teacher_block: Indices from 0; both are raw outputs, before the final norm.
         mse: Mean squared error per channel.
         relative_error: Squared error divided by that of the teacher's own mean; 1.0 is what
-            a constant prediction reaches, 0 is perfect.
+            a constant prediction reaches, 0 is perfect. Chained: the block's input is what the
+            student's own blocks before it make.
+        local_error: The same share as the run recorded it when the block had learnt: on the inputs
+            it learnt from, training text, and states as its loss compares them. Null if the run
+            recorded none.
         cosine: Mean cosine similarity of the vectors.
     """
 
@@ -141,6 +145,7 @@ class BlockError(TypedDict):
     teacher_block: int
     mse: float
     relative_error: float
+    local_error: float | None
     cosine: float
 
 

@@ -28,7 +28,14 @@ DETAIL_COLUMNS = (
     "decode tokens/s",
     "peak memory",
 )
-BLOCK_COLUMNS = ("student block", "teacher block", "MSE", "relative error", "cosine")
+BLOCK_COLUMNS = (
+    "student block",
+    "teacher block",
+    "MSE",
+    "chained error",
+    "local error",
+    "cosine",
+)
 HYBRID_COLUMNS = ("KL in the teacher", "KL with all before it")
 
 
@@ -122,6 +129,7 @@ def block_rows(hidden: HiddenResult) -> list[tuple[str, ...]]:
             str(block["teacher_block"]),
             format_number(block["mse"], ".4g"),
             format_number(block["relative_error"], ".4f"),
+            format_number(block["local_error"], ".4f"),
             format_number(block["cosine"], ".4f"),
         )
         for block in hidden["blocks"]

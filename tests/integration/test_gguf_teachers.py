@@ -19,6 +19,7 @@ from distillation.evaluation import evaluate_distilled_model  # noqa: E402
 from examples import run_distillation_example as command  # noqa: E402
 
 TOKENS, ROWS = 2048, 2112
+SIZES = {"vocab_size": ROWS, "intermediate_size": 64}  # quantised numbers come in blocks of 32
 QUICK = ("llama", "gpt2", "qwen2")
 
 
@@ -29,7 +30,7 @@ def tokenizer() -> Any:
 
 def written(folder: Path, tokenizer: Any, architecture: str = "llama", **options: Any) -> Path:
     """A tiny file, with rows of padding beyond its tokens."""
-    model = tiny_model(ARCHITECTURES[architecture], vocab_size=ROWS)
+    model = tiny_model(ARCHITECTURES[architecture], **SIZES)
     return write_gguf(model, tokenizer, folder / "tiny.gguf", architecture, **options)
 
 
@@ -71,7 +72,7 @@ def test_quantised_numbers_are_plain_once_loaded(kind: str, tokenizer: Any, tmp_
     teacher = load_teacher(str(file))
     assert {parameter.dtype for parameter in teacher.model.parameters()} == {torch.float32}
     assert not getattr(teacher.model.config, "quantization_config", None)
-    original = tiny_model("qwen2", vocab_size=ROWS).state_dict()
+    original = tiny_model("qwen2", **SIZES).state_dict()
     name = "model.layers.1.mlp.down_proj.weight"
     stored = gguf.quants.quantize(original[name].numpy(), gguf.GGMLQuantizationType[kind])
     plain = gguf.quants.dequantize(stored, gguf.GGMLQuantizationType[kind])

@@ -24,7 +24,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save(place / "teacher", build("gpt2"))
     text = "\n\n".join(f"line {i} of a small text to learn from" for i in range(60))
     (place / "text.txt").write_text(text)
-    config = CONFIGS["llama"]().to_dict() | {"hidden_size": 16, "head_dim": 8}
+    deeper = {"hidden_size": 16, "head_dim": 8, "num_hidden_layers": BLOCKS + 1}
+    config = CONFIGS["llama"]().to_dict() | deeper
     (place / "llama.json").write_text(json.dumps(config))
     return place
 
@@ -51,7 +52,14 @@ def test_a_configuration_makes_a_student(place: Path) -> None:
         assert torch.equal(by_file(ids).logits, by_folder(ids).logits)
     words = shlex.split(printed)[3:]
     evaluate_distilled_model.main([*words, "--max_samples", "20", "--speed_seconds", "0"])
-    assert any((folder / "evaluation").glob("*.json"))
+    result = json.loads((folder / "evaluation" / "results.json").read_text())
+    stages = json.loads((folder / "manifest.json").read_text())["stages"]
+    blocks = result["hidden_states"]["blocks"]
+    recorded = [stage["relative_error"] for stage in stages if "block" in stage]
+    assert [block["teacher_block"] for block in blocks] == [0, 1, 1]
+    assert [block["local_error"] for block in blocks] == recorded
+    assert all(block["relative_error"] > 0 for block in blocks)
+    assert "| chained error | local error |" in (folder / "evaluation" / "report.md").read_text()
 
 
 def test_a_folder_with_weights_starts_from_them(place: Path) -> None:

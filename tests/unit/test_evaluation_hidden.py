@@ -1,5 +1,6 @@
 """Hidden-state errors: identities, the mean predictor, least squares, and the layer map."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from distillation.evaluation.hidden_states import (
     measure_blocks,
 )
 from distillation.evaluation.scoring_windows import Window, plan_windows, window_batches
+from distillation.evaluation.training_record import local_errors
 from stitching_layers import StitchingLayers
 
 IDS = torch.randint(0, 67, (130,), generator=torch.Generator().manual_seed(5)).tolist()
@@ -147,3 +149,24 @@ def test_stitches_of_another_run_are_refused(stitches: tuple[Any, int, int]) -> 
             tiny_teacher("gpt2"),
             stitches=StitchingLayers(*stitches),
         )
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        None,
+        "{",
+        "[]",
+        '{"stages": [{"block": 0, "steps": 2}]}',
+        '{"stages": [{"block": 0, "steps": 0, "relative_error": 0.5}]}',
+        '{"stages": [{"block": 0, "steps": 2, "relative_error": null}]}',
+    ],
+)
+def test_local_errors_that_are_not_recorded_are_none(manifest: Any, tmp_path: Path) -> None:
+    if manifest is not None:
+        (tmp_path / "manifest.json").write_text(manifest)
+    assert local_errors(tmp_path) == {}
+    (tmp_path / "manifest.json").write_text(
+        '{"stages": [{"block": 1, "steps": 2, "relative_error": 0.5}, {"stage": "lm-head"}]}'
+    )
+    assert local_errors(tmp_path) == {1: 0.5}

@@ -1,0 +1,42 @@
+"""What a run wrote down about its blocks while they learnt, for comparison with the finished chain.
+
+Reads the manifest alone. A block that did not learn has no figure, nor has one of a run that is not
+there.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from distillation.evaluation.results import EvaluationResult
+
+
+def local_errors(run_dir: Path) -> dict[int, float]:
+    """The relative error of each block at the end of its stage, on the inputs it learnt from.
+
+    Args:
+        run_dir: The run's directory.
+
+    Returns:
+        Student block to error; empty if the run tells nothing.
+    """
+    path = run_dir / "manifest.json"
+    try:
+        stages: Any = json.loads(path.read_text(encoding="utf-8"))["stages"]
+        rows = [row for row in stages if row.get("block") is not None and row.get("steps")]
+        found = {int(row["block"]): row["relative_error"] for row in rows}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {}
+    return {
+        block: float(error)
+        for block, error in found.items()
+        if isinstance(error, int | float) and math.isfinite(error)
+    }
+
+
+def add_local_errors(result: EvaluationResult, errors: dict[int, float]) -> None:
+    """Put them beside the errors of the chain, which the evaluation measured."""
+    hidden = result["hidden_states"]
+    for block in [] if hidden is None else hidden["blocks"]:
+        block["local_error"] = errors.get(block["student_block"])
