@@ -93,26 +93,40 @@ def init_from_teacher(
             lines.append("the widths are equal, so whole layers are copied")
     shared = _Basis(basis.cpu().float())
     lines += _embeddings(teacher, student, shared)
-    sources = first_of_groups(layer_map)
-    lines.append(f"weights of the teacher's blocks {', '.join(map(str, sources))}")
-    repeats = [m for m in range(1, len(sources)) if sources[m] == sources[m - 1]]
+    lines += _fill_blocks(teacher, student, first_of_groups(layer_map), shared)
+    return lines + (_head(teacher, student) if exact else [])
+
+
+def _fill_blocks(
+    teacher: BlockStack, student: BlockStack, sources: Sequence[int], basis: "_Basis"
+) -> list[str]:
+    """Fill all blocks, each from its source in the teacher."""
+    lines = [f"weights of the teacher's blocks {', '.join(map(str, sources))}"]
     taken: dict[str, list[int]] = {}
     named: list[Any] = [
         getattr(student.block(index), "parts", lambda: None)() for index in range(len(sources))
     ]
     needs_sizes = any(getattr(parts, "mlp_gain", None) is not None for parts in named)
-    sizes = _state_sizes(teacher, shared) if needs_sizes else [1.0] * teacher.num_blocks
+    sizes = _state_sizes(teacher, basis) if needs_sizes else [1.0] * teacher.num_blocks
     for index, (source, parts) in enumerate(zip(sources, named, strict=True)):
-        weights = read_block(teacher, source)
-        if index in repeats:
-            weights = weights.silenced()
-        for said in _fill_block(weights, parts, shared, sizes[source]):
+        filled = _fill_block(read_block(teacher, source), parts, basis, sizes[source])
+        if parts is not None and index and source == sources[index - 1]:
+            _silence(parts)
+            filled.append("a copy of the block before, which writes nothing at first")
+        for said in filled:
             taken.setdefault(said, []).append(index)
-    lines += [f"{said} ({_blocks(where, student.num_blocks)})" for said, where in taken.items()]
-    if repeats:
-        silent = _blocks(repeats, student.num_blocks)
-        lines.append(f"copies of the block before, which write nothing at first ({silent})")
-    return lines + (_head(teacher, student) if exact else [])
+    return lines + [
+        f"{said} ({_blocks(where, student.num_blocks)})" for said, where in taken.items()
+    ]
+
+
+def _silence(parts: Any) -> None:
+    """Let a block add nothing to what enters it; its outputs learn at once, the rest after them."""
+    for linear in (parts.out, parts.mlp.down):
+        if linear is not None:
+            linear.weight.zero_()
+            if linear.bias is not None:
+                linear.bias.zero_()
 
 
 def first_of_groups(layer_map: Sequence[int]) -> list[int]:

@@ -79,15 +79,6 @@ class BlockWeights:
     mlp: MLPWeights | None
     missing: tuple[str, ...] = ()
 
-    def silenced(self) -> "BlockWeights":
-        """The same block with nothing written: what it computes inside stays."""
-        attention, mlp = self.attention, self.mlp
-        if attention is not None:
-            attention = replace(attention, out=attention.out.times(0.0))
-        if mlp is not None:
-            mlp = replace(mlp, down=mlp.down.times(0.0))
-        return replace(self, attention=attention, mlp=mlp)
-
 
 _ATTENTION = ("attn", "self_attn", "attention", "self_attention")
 _ATTENTION_NORM = ("ln_1", "input_layernorm", "self_attn_layer_norm")

@@ -118,7 +118,7 @@ def test_a_deeper_student_is_its_teacher_and_its_copies_learn(layers: tuple[int,
     torch.testing.assert_close(logits(student), logits(teacher), rtol=1e-5, atol=1e-5)
     silent = [m for m in range(1, 5) if layers[m] == layers[m - 1]]
     named = ", ".join(map(str, silent))
-    assert f"copies of the block before, which write nothing at first (blocks {named})" in lines
+    assert f"a copy of the block before, which writes nothing at first (blocks {named})" in lines
     student(IDS, labels=IDS).loss.backward()
     for block in silent:
         assert not student.blocks[block].mlp.down.weight.any()
