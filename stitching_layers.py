@@ -5,10 +5,12 @@ it. Model stitching goes back to Lenc & Vedaldi (2015, arXiv:1411.5908); as a re
 distillation to FitNets (Romero et al. 2015, arXiv:1412.6550, eq. 3).
 """
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from jaxtyping import Float
 from safetensors import safe_open
 from safetensors.torch import save
@@ -69,7 +71,7 @@ class StitchingLayers(nn.ModuleList):
 
 
 def stitches_to_bytes(stitches: StitchingLayers) -> bytes:
-    """Serialise all stitches as one safetensors file."""
+    """Serialise all stitches as one safetensors file, with a checksum in its metadata."""
     # One metadata key: with several, the header's order and so the file's hash change on every run.
     about = {
         "layer_map": list(stitches.layer_map),
@@ -78,7 +80,18 @@ def stitches_to_bytes(stitches: StitchingLayers) -> bytes:
         "bias": stitches.bias,
     }
     tensors = {name: tensor.cpu().contiguous() for name, tensor in stitches.state_dict().items()}
+    about["sha256"] = _checksum(about, tensors)
     return save(tensors, metadata={"stitching_layers": json.dumps(about)})
+
+
+def _checksum(about: Mapping[str, object], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 (hex) of what is said about the stitches and of every number in them."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def load_stitches(path: str | Path) -> StitchingLayers:
@@ -89,7 +102,7 @@ def load_stitches(path: str | Path) -> StitchingLayers:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file does not hold stitching layers.
+        ValueError: If the file does not hold stitching layers, or not those that were written.
     """
     path = Path(path)
     path = path / "stitching_layers.safetensors" if path.is_dir() else path
@@ -103,6 +116,9 @@ def load_stitches(path: str | Path) -> StitchingLayers:
             )
         about = json.loads(metadata["stitching_layers"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    expected = about.pop("sha256", None) if isinstance(about, dict) else None
+    if expected is None or expected != _checksum(about, tensors):
+        raise ValueError(f"{path} is damaged: its checksum differs.")
     stitches = StitchingLayers(
         about["layer_map"], about["student_dim"], about["teacher_dim"], about["bias"]
     )

@@ -8,12 +8,12 @@ executed. What the tensors mean is not known here.
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 import re
 import shutil
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cleangpt.errors import CheckpointError, EnvironmentProblem
+from cleangpt.integrity import file_digest, parse_json_object
 from cleangpt.run_directory import disk_errors_explained, follow_umask_and_sync, sync_folder
 
 logger = logging.getLogger(__name__)
@@ -70,17 +71,7 @@ class Checkpoints:
             CheckpointError: If a tensor is not finite, or what was written cannot be read back.
             EnvironmentProblem: If it cannot be written; earlier ones are then untouched.
         """
-        broken = [
-            name
-            for name, tensor in checkpoint.tensors.items()
-            if tensor.is_floating_point() and not tensor.isfinite().all()
-        ]
-        if broken:
-            raise CheckpointError(
-                f"{len(broken)} tensors hold NaN or infinite numbers, the first is {broken[0]};"
-                " no checkpoint was written.",
-                "Lower the learning rate, and go on from the last checkpoint (--resume).",
-            )
+        refuse_nonfinite(checkpoint.tensors, "no checkpoint was written")
         target = self.folder / f"step-{checkpoint.step:08d}-{self.run_id[:8]}"
         temporary = self.folder / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
         try:
@@ -183,27 +174,45 @@ class Checkpoints:
         files = manifest.get("files")
         for name in _FILES:
             expected = files.get(name) if isinstance(files, dict) else None
-            if not (path / name).is_file():
-                return f"{name} is missing"
-            if expected != _digest(path / name):
-                return f"{name} is not what was written (SHA-256)"
+            try:
+                if not (path / name).is_file():
+                    return f"{name} is missing"
+                if expected != _digest(path / name):
+                    return f"{name} is not what was written (SHA-256)"
+            except OSError as error:
+                return f"{name} cannot be read ({error.strerror or error})"
         return None
 
 
 def _manifest(path: Path) -> dict[str, Any] | None:
     try:
-        content = json.loads((path / "MANIFEST.json").read_text(encoding="utf-8"))
+        return parse_json_object((path / "MANIFEST.json").read_bytes())
     except (OSError, ValueError):
         return None
-    return content if isinstance(content, dict) else None
 
 
 def _digest(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+
+
+def refuse_nonfinite(tensors: Mapping[str, Tensor], outcome: str) -> None:
+    """Refuse tensors with a NaN or an infinity in them.
+
+    Args:
+        tensors: By name; those of whole numbers always pass.
+        outcome: What did not happen because of it, for the message.
+
+    Raises:
+        CheckpointError: Naming the first of them.
+    """
+    broken = [n for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
+    if broken:
+        raise CheckpointError(
+            f"{len(broken)} tensors hold NaN or infinite numbers, the first is {broken[0]};"
+            f" {outcome}.",
+            "Lower the learning rate or max_grad_norm and train again, from the last checkpoint"
+            " (--resume) if there is one.",
+        )
 
 
 def _read(path: Path) -> Checkpoint:
@@ -214,7 +223,7 @@ def _read(path: Path) -> Checkpoint:
     """
     try:
         tensors = load_file(path / _FILES[0])
-        state = json.loads((path / _FILES[1]).read_text(encoding="utf-8"))
+        state = parse_json_object((path / _FILES[1]).read_bytes())
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
             f"{path} cannot be read: {error}",

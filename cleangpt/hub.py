@@ -35,13 +35,19 @@ def local_path(name: str, *, flag: str, suffixes: tuple[str, ...] = ()) -> Path 
     Raises:
         InputError: If the name is a path (by its form) and nothing is there.
     """
-    path = Path(name).expanduser()
-    if name and path.exists():
-        return path
+    try:
+        path = Path(name).expanduser()
+        if name and path.exists():
+            return path
+        siblings = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, no such user
+        raise InputError(
+            f"{name!r} cannot be a path: {getattr(error, 'strerror', None) or error}.",
+            f"Give {flag} an existing path, or a name such as owner/name.",
+        ) from error
     is_path = name.startswith((".", "/", "~")) or "\\" in name or path.suffix in suffixes
     if not is_path and _HUB_NAME.fullmatch(name):
         return None
-    siblings = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
     nearest = difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.75)
     hint = f"Did you mean {path.parent / nearest[0]}? " if nearest else ""
     raise InputError(

@@ -1,5 +1,6 @@
 """What a run tells while it goes on: metrics.jsonl for programs, log lines and a bar for people."""
 
+import hashlib
 import json
 import logging
 import math
@@ -55,10 +56,31 @@ class MetricsLog:
         """Write nothing for now: what comes has been written before."""
         self._is_paused = True
 
-    def go_on(self, size: int) -> None:
-        """Write again, after the first ``size`` bytes; what a stopped run wrote later goes."""
+    def checksum(self, size: int) -> str:
+        """SHA-256 (hex) of the first ``size`` bytes."""
+        if self.path is None or not self.path.is_file():
+            return hashlib.sha256().hexdigest()
+        with self.path.open("rb") as file:
+            return hashlib.sha256(file.read(size)).hexdigest()
+
+    def go_on(self, size: int, checksum: str | None = None) -> None:
+        """Write again, after the first ``size`` bytes; what a stopped run wrote later goes.
+
+        Args:
+            size: Where the run was when it was saved.
+            checksum: Of what it had written by then; a difference is a warning, since no weight
+                depends on it.
+        """
         self._is_paused = False
-        if self.path is not None and self.path.is_file():
+        if self.path is None:
+            return
+        if checksum is not None and checksum != self.checksum(size):
+            logger.warning(
+                "%s is not what the run wrote before it stopped; the lines up to there cannot be"
+                " trusted.",
+                self.path,
+            )
+        if self.path.is_file():
             os.truncate(self.path, min(size, self.size()))
 
 

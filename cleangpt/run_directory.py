@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from cleangpt import __version__
-from cleangpt.errors import CheckpointError, EnvironmentProblem, Stopped, UsageError
+from cleangpt.errors import EnvironmentProblem, Stopped, UsageError
+from cleangpt.integrity import file_digest, parse_json_object, sealed, write_sums
+from cleangpt.manifest import FORMAT_VERSION, MANIFEST_NAME, check_same_run, read_manifest
 from cleangpt.metrics_log import MetricsLog, without_nonfinite
 from cleangpt.runtime.launcher import launched
 
@@ -30,10 +32,10 @@ except ImportError:  # Windows has no flock; there the lock is left out.
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
 RUN_FILES = (
-    "manifest.json",
+    MANIFEST_NAME,
     "config.json",
+    "audit.json",
     "metrics.jsonl",
     "student_model_final_distilled.pt",
     "stitching_layers.safetensors",
@@ -113,7 +115,7 @@ class RunDirectory:
             self.write_manifest()
             try:
                 yield self
-                self._manifest["status"] = "done"
+                self._manifest.update(status="done", files=self._sums())
                 self.write_manifest()
             except BaseException as error:
                 status = "stopped" if isinstance(error, Stopped) else "failed"
@@ -149,19 +151,7 @@ class RunDirectory:
         Raises:
             CheckpointError: If it is damaged.
         """
-        path = self.path / "manifest.json"
-        if not path.is_file():
-            return None
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            found = None
-        if not isinstance(found, dict) or "run_id" not in found:
-            raise CheckpointError(
-                f"{path} is not the manifest of a run of this library.",
-                "Choose another output_dir, or restore the file from a copy.",
-            )
-        return found
+        return read_manifest(self.path)
 
     def note(self, **values: Any) -> None:
         """Add to the manifest; it is written with the next stage, or at the end."""
@@ -174,7 +164,12 @@ class RunDirectory:
 
     def write_manifest(self) -> None:
         """Write the manifest as it stands."""
-        self.write_json("manifest.json", self._manifest)
+        self.write_json(MANIFEST_NAME, sealed(without_nonfinite(self._manifest)))
+
+    def _sums(self) -> dict[str, str]:
+        """The checksums of the run's files; its folders have their own."""
+        files = (self.path / name for name in RUN_FILES if name != MANIFEST_NAME)
+        return {path.name: file_digest(path) for path in files if path.is_file()}
 
     def write_json(self, name: str, value: Any) -> Path:
         """Write ``value`` as JSON, atomically."""
@@ -197,6 +192,7 @@ class RunDirectory:
             with disk_errors_explained(target):
                 temporary.mkdir()
                 fill(temporary)
+                write_sums(temporary)
                 for file in temporary.rglob("*"):
                     if file.is_file():
                         follow_umask_and_sync(file)
@@ -237,7 +233,7 @@ class RunDirectory:
                 "Give only one of --resume and --overwrite.",
             )
         found = [name for name in RUN_FILES if (self.path / name).exists()]
-        if resume and (self.path / "manifest.json").is_file():
+        if resume and (self.path / MANIFEST_NAME).is_file():
             return []
         if found and not overwrite:
             raise UsageError(
@@ -255,10 +251,9 @@ class RunDirectory:
     def _is_ours(self) -> bool:
         """Whether a run of this library wrote the manifest there."""
         try:
-            manifest = json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
+            return "run_id" in parse_json_object((self.path / MANIFEST_NAME).read_bytes())
         except (OSError, ValueError):
             return False
-        return isinstance(manifest, dict) and "run_id" in manifest
 
     def _make_room(self, overwrite: bool) -> None:
         for name in self.check_room(overwrite):
@@ -286,33 +281,6 @@ class RunDirectory:
             file.write(f"pid {os.getpid()} on {os.uname().nodename}")
             file.flush()
             yield
-
-
-def check_same_run(earlier: dict[str, Any], about: dict[str, Any], path: Path) -> None:
-    """Refuse to go on with a run of another teacher, student, data or seed.
-
-    Raises:
-        CheckpointError: Naming what differs.
-    """
-    names = ("seed", "data", "validation_data", "teacher", "student", "optimizer")
-    known = json.loads(json.dumps(without_nonfinite(about)))
-    different = [n for n in names if n in known and earlier.get(n) != known[n]]
-    if earlier.get("precision", {}).get("used") != known.get("precision", {}).get("used"):
-        different.append(f"precision ({earlier['precision']['used']}; name it with --precision)")
-    if different:
-        raise CheckpointError(
-            f"The run in {path} has another {', '.join(different).replace('_', ' ')}.",
-            "Go on with the command that began it, or choose another output_dir.",
-        )
-    changed = [
-        f"{name} was {earlier.get(name)} and is {known.get(name)}"
-        for name in ("torch_version", "torch_threads", "device")
-        if earlier.get(name) != known.get(name)
-    ]
-    if changed:
-        logger.warning(
-            "%s: the end will not have the bits of a run that never stopped.", "; ".join(changed)
-        )
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> Path:

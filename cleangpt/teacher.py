@@ -23,10 +23,18 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from cleangpt.errors import InputError
+from cleangpt.errors import CleanGPTError, InputError
 from cleangpt.hub import is_hub_reachable, offline, refused, unreachable
 from cleangpt.quantized import loading_options, not_readable, quantisation_of, unpack
 from cleangpt.runtime.module_state import tensors_fingerprint
+from cleangpt.teacher_files import (
+    attention_of,
+    check_files,
+    check_size,
+    check_template_names,
+    one_line,
+    unreadable,
+)
 from cleangpt.teacher_source import TEACHER_FLAG, TeacherSource, find_teacher
 from cleangpt.vocabulary import token_rows
 
@@ -68,8 +76,11 @@ class Teacher:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the libraries' progress bars and advice while a model is read."""
+def quiet_libraries() -> Iterator[None]:
+    """Silence the libraries' progress bars and advice while a model is read.
+
+    Their advice also repeats names from the files, which may hold anything.
+    """
     log = transformers.utils.logging
     verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()
@@ -82,11 +93,6 @@ def _quiet() -> Iterator[None]:
             log.enable_progress_bar()
 
 
-def _one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
-
-
 def _read_config(source: TeacherSource) -> Any:
     """Return the configuration; refuse an unknown ``model_type`` and code without trust."""
     try:
@@ -97,13 +103,13 @@ def _read_config(source: TeacherSource) -> Any:
         return config
     except (ValueError, KeyError) as error:
         if source.gguf_file and "not supported" not in str(error):
-            raise _unreadable(source, error) from error
+            raise unreadable(source, error) from error
         remedy = (
             "Pass --trust_remote_code if you trust that code."
             if "trust_remote_code" in str(error)
             else f"Give {TEACHER_FLAG} a model that the installed transformers knows."
         )
-        raise InputError(f"teacher {source.label}: {_one_line(error)}", remedy) from error
+        raise InputError(f"teacher {source.label}: {one_line(error)}", remedy) from error
 
 
 def _check_architecture(config: Any, source: TeacherSource) -> None:
@@ -135,10 +141,7 @@ def _has_attention(config: Any) -> bool:
 def _read_model(source: TeacherSource, config: Any, dtype: torch.dtype) -> PreTrainedModel:
     options = source.options()
     stored = _dtype_name(getattr(config, "dtype", None))  # loading overwrites it
-    if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-        model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        # Explicit, because a config.json may otherwise choose the kernel that is loaded.
-        options["attn_implementation"] = "sdpa" if model_class._supports_sdpa else "eager"
+    options |= attention_of(config)
     if source.is_local and any(Path(source.location).glob("*.safetensors")):
         options["use_safetensors"] = True
     try:
@@ -156,7 +159,7 @@ def _read_model(source: TeacherSource, config: Any, dtype: torch.dtype) -> PreTr
         kind = quantisation_of(config)
         if kind is not None and isinstance(error, ImportError):
             raise not_readable(source.label, kind, error, TEACHER_FLAG) from error
-        raise _unreadable(source, error) from error
+        raise unreadable(source, error) from error
     _check_complete(source, model, report)
     if stored and stored != _dtype_name(dtype):
         logger.info("teacher stored in %s, computing in %s", stored, _dtype_name(dtype))
@@ -188,13 +191,6 @@ def _dtype_name(dtype: Any) -> str:
     return str(dtype or "").removeprefix("torch.")
 
 
-def _unreadable(source: TeacherSource, error: BaseException) -> InputError:
-    return InputError(
-        f"teacher {source.label} cannot be read: {_one_line(error)}",
-        f"Fetch or save the model again, or give {TEACHER_FLAG} another one.",
-    )
-
-
 def _read_tokenizer(source: TeacherSource) -> PreTrainedTokenizerBase:
     missing = InputError(
         f"teacher {source.label} has no tokenizer; looked for {', '.join(TOKENIZER_FILES)}.",
@@ -214,20 +210,30 @@ def _read_tokenizer(source: TeacherSource) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _read_all(source: TeacherSource, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
+def _read_checked_config(source: TeacherSource) -> Any:
+    """The configuration, after a look at the files it came with."""
+    tensors = check_files(source)
     config = _read_config(source)
     _check_architecture(config, source)
+    check_size(source, config, tensors)
+    return config
+
+
+def _read_all(source: TeacherSource, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
+    config = _read_checked_config(source)
     tokenizer = _read_tokenizer(source)
     return _read_model(source, config, dtype), tokenizer
 
 
 def _read_outline(source: TeacherSource, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
-    config = _read_config(source)
-    _check_architecture(config, source)
+    config = _read_checked_config(source)
     tokenizer = _read_tokenizer(source)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=source.trust_remote_code
+            config,
+            dtype=dtype,
+            trust_remote_code=source.trust_remote_code,
+            **attention_of(config),
         )
     return model, tokenizer
 
@@ -235,24 +241,24 @@ def _read_outline(source: TeacherSource, dtype: torch.dtype) -> tuple[PreTrained
 def _load(source: TeacherSource, read: Callable[[TeacherSource], T]) -> T:
     """Read from disk or the local cache with the network shut off; from the hub only if need be."""
     try:
-        with _quiet(), offline():
+        with quiet_libraries(), offline():
             return read(source)
-    except (InputError, OSError) as error:
-        in_cache: Exception = error
+    except MemoryError:
+        raise
     except Exception as error:
-        # A damaged GGUF file breaks its reader in any way whatever: struct, index, value errors.
-        if not source.gguf_file:
+        if isinstance(error, CleanGPTError) and not isinstance(error, InputError):
             raise
+        # What is damaged or hostile breaks the libraries in any way: type, index, value errors.
         in_cache = error
-    if source.is_local:
-        raise in_cache if isinstance(in_cache, InputError) else _unreadable(source, in_cache)
+    if source.is_local or not isinstance(in_cache, (InputError, OSError)):
+        raise in_cache if isinstance(in_cache, InputError) else unreadable(source, in_cache)
     if not is_hub_reachable():
         # A refusal of what the cache holds says more than that the hub is silent.
         if isinstance(in_cache, InputError):
             raise in_cache
         raise unreachable("model", source.location, flag=TEACHER_FLAG, revision=source.revision)
     try:
-        with _quiet():
+        with quiet_libraries():
             return read(source)
     except OSError as error:
         raise refused("model", source.location, error, flag=TEACHER_FLAG) from error

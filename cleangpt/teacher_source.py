@@ -36,6 +36,15 @@ class TeacherSource:
             return str(Path(self.location, self.gguf_file or ""))
         return f"{self.location}@{self.revision}" if self.revision else self.location
 
+    def folder(self) -> Path | None:
+        """Where its files lie on this machine; None for a hub name that is not in the cache."""
+        if self.is_local:
+            return Path(self.location)
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(self.location, "config.json", revision=self.revision)
+        return Path(found).parent if isinstance(found, str) else None
+
     def options(self) -> dict[str, Any]:
         """Keywords of every ``from_pretrained``. Trust is explicit: left out, it asks on stdin."""
         options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}

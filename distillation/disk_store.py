@@ -18,6 +18,7 @@ import xxhash
 from torch import Tensor
 
 from cleangpt.errors import CheckpointError, EnvironmentProblem
+from cleangpt.integrity import parse_json_object
 from cleangpt.run_directory import disk_errors_explained, write_atomically
 from distillation.state_store import Budget, KeptState, Row, StateStore
 
@@ -193,10 +194,10 @@ class DiskStore(StateStore):
     def _read_index(self) -> None:
         """Check a kept file against what is expected, and read what it holds."""
         try:
-            index = json.loads(self.index_path.read_text(encoding="utf-8"))
+            index = parse_json_object(self.index_path.read_bytes())
             with self.path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
-                written = json.loads(file.read(HEADER_BYTES))
+                written = parse_json_object(file.read(HEADER_BYTES))
             self._check_equal(written)
             self._check_equal(index["header"])
             found = {int(level): name for level, name in index["weights"].items()}

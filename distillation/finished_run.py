@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from cleangpt.blocks import BlockStack
-from cleangpt.checkpoints import Checkpoints
+from cleangpt.checkpoints import Checkpoints, refuse_nonfinite
 from cleangpt.errors import CheckpointError, UsageError
-from cleangpt.run_directory import RunDirectory, check_same_run
+from cleangpt.manifest import check_listed, check_same_run
+from cleangpt.run_directory import RunDirectory
 from distillation.head_init import untie_lm_head
 from distillation.journal import check_same_settings
-from distillation.utils.checkpoint import load_checkpoint, save_checkpoint
+from distillation.utils.checkpoint import load_checkpoint, load_strictly, save_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,8 @@ def save_student(
 
 
 def fill_folder(student: Any, tokenizer: Any, folder: Path) -> None:
-    """Write student and tokenizer as transformers reads them."""
+    """Write student and tokenizer as transformers reads them, unless a weight is not finite."""
+    refuse_nonfinite(student.state_dict(), f"{folder} was not written")
     student.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -87,12 +89,14 @@ def finished_results(
             "Choose another output_dir, or pass --overwrite to replace it.",
         )
     check_same_run(manifest, about, run.path)
+    check_listed(run.path, "config.json")
     check_same_settings(run.path / "config.json", settings)
     path = run.path / FINAL_NAME
-    was_untied = not load_checkpoint(path)["config"].get("tie_word_embeddings", True)
-    if was_untied:
+    check_listed(run.path, FINAL_NAME)
+    saved = load_checkpoint(path)
+    if not saved["config"].get("tie_word_embeddings", True):
         untie_lm_head(student)
-    load_checkpoint(path, student.model)
+    load_strictly(student.model, saved["model_state_dict"], path)
     Checkpoints(run.path / "checkpoints", str(manifest["run_id"]), writes=run.writes).remove()
     logger.info("The run in %s is done; nothing is left to do.", run.path)
     results: dict[str, Any] = manifest["results"]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from cleangpt.checkpoints import Checkpoint, Checkpoints
 from cleangpt.errors import CheckpointError, Stopped
+from cleangpt.integrity import parse_json_object
 from cleangpt.metrics_log import MetricsLog, without_nonfinite
 from cleangpt.runtime.ranks import Ranks
 from cleangpt.runtime.stopping import StopRequest
@@ -94,6 +95,7 @@ class Journal:
                 "Give them an output_dir on a file system that they share.",
             )
         if self._resumed is not None:
+            _check_state(self._resumed.state, checkpoints.folder)
             self._count = self._resumed.state["steps"]
             self._serial = checkpoints.last_number()  # a damaged one keeps its number
             self.metrics.pause()
@@ -258,20 +260,46 @@ class Journal:
             for name, module in self.modules.items()
             for key, tensor in module.state_dict().items()
         }
+        size = self.metrics.size()
         state = {
             "where": where,
             "steps": self._count,
             "head_is_tied": self.head_is_tied(),
             "finished": dict(self._finished),
             "current": current,
-            "metrics_bytes": self.metrics.size(),
+            "metrics_bytes": size,
+            "metrics_sha256": self.metrics.checksum(size),
         }
         self._checkpoints.save(Checkpoint(self._serial, {**weights, **tensors}, state))
 
     def _arrive(self, saved: Checkpoint) -> None:
         """Begin to write again where the checkpoint was made."""
-        self.metrics.go_on(saved.state["metrics_bytes"])
+        self.metrics.go_on(saved.state["metrics_bytes"], saved.state["metrics_sha256"])
         self._resumed = None
+
+
+def _check_state(state: Values, folder: Path) -> None:
+    """Refuse a checkpoint that is whole and still not one of a journal.
+
+    Raises:
+        CheckpointError: If a value is missing or of another type.
+    """
+    current = state.get("current")
+    kinds = {"where": str, "steps": int, "head_is_tied": bool, "finished": dict}
+    kinds |= {"metrics_bytes": int, "metrics_sha256": str}
+    places = {"name": str, "epoch": int, "steps": int, "values": dict}
+    good = all(type(state.get(name)) is kind for name, kind in kinds.items()) and (
+        current is None
+        or (
+            isinstance(current, dict)
+            and all(type(current.get(name)) is kind for name, kind in places.items())
+        )
+    )
+    if not good:
+        raise CheckpointError(
+            f"The newest checkpoint in {folder} does not say where the run was.",
+            "It was written by other software; start again with --overwrite.",
+        )
 
 
 CHANGEABLE = (
@@ -290,9 +318,15 @@ def check_same_settings(path: Path, settings: Values) -> None:
         settings: Those of now.
 
     Raises:
-        CheckpointError: Listing what differs.
+        CheckpointError: Listing what differs, or if the file is damaged.
     """
-    earlier = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        earlier = parse_json_object(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is missing or damaged: {error}",
+            "Restore it from a copy of the run, or start again with --overwrite.",
+        ) from error
     now = json.loads(json.dumps(without_nonfinite(settings)))
     different = [
         f"{name} was {earlier.get(name)!r} and is {now.get(name)!r}"

@@ -95,6 +95,7 @@ def hf_student(name: str, teacher: "Teacher") -> Any:
 
     from cleangpt.errors import InputError
     from cleangpt.teacher import check_causal
+    from cleangpt.teacher_files import attention_of
     from cleangpt.vocabulary import token_rows
 
     path = Path(name)
@@ -106,7 +107,9 @@ def hf_student(name: str, teacher: "Teacher") -> Any:
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
         config = AutoConfig.for_model(**{"vocab_size": token_rows(teacher.tokenizer), **fields})
-        student = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        student = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=False, **attention_of(config)
+        )
         check_causal(student.eval())
         return student
     except Exception as error:  # every family checks its fields with errors of its own

@@ -27,6 +27,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from cleangpt.builtin.settings import PretrainingSettings
 from cleangpt.errors import CheckpointError
+from cleangpt.restricted_load import restricted_load
 
 logger = logging.getLogger(__name__)
 
@@ -245,7 +246,7 @@ def load_checkpoint(state: PretrainingState, settings: PretrainingSettings, path
         CheckpointError: If the file is damaged or was written with other settings.
     """
     try:
-        content: dict[str, Any] = torch.load(path, weights_only=True)
+        content: dict[str, Any] = restricted_load(path)
         progress = json.loads(content["progress"])
     except Exception as error:
         raise CheckpointError(

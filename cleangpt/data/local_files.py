@@ -94,14 +94,21 @@ def _bad_json(path: Path, line: int, problem: str) -> InputError:
     )
 
 
+def _why(error: Exception) -> str:
+    """Numbers of thousands of digits and brackets in brackets have errors of their own."""
+    if isinstance(error, RecursionError):
+        return "nested too deep"
+    return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+
+
 def _json_lines(path: Path, text: str) -> Iterable[dict[str, Any]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise _bad_json(path, number, f"not valid JSON ({error.msg})") from None
+        except (ValueError, RecursionError) as error:
+            raise _bad_json(path, number, f"not valid JSON ({_why(error)})") from None
         if not isinstance(row, dict):
             raise _bad_json(path, number, f"a {type(row).__name__} where an object is expected")
         yield row
@@ -117,6 +124,8 @@ def _read_json(path: Path) -> Table:
         if error.msg == "Extra data":  # one object per line, in a file that ends in .json
             return _rows_to_table(_json_lines(path, text))
         raise _bad_json(path, error.lineno, f"not valid JSON ({error.msg})") from None
+    except (ValueError, RecursionError) as error:
+        raise _bad_json(path, 1, f"not valid JSON ({_why(error)})") from None
     if isinstance(content, dict):
         lists = [value for value in content.values() if isinstance(value, list)]
         content = lists[0] if len(lists) == 1 else [content]

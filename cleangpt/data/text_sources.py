@@ -303,7 +303,8 @@ def _local_configuration(
             "folders have configurations.",
             "Leave --dataset_config_name out.",
         )
-    if Path(config_name).name == config_name and (path / config_name).is_dir():
+    inside = Path(config_name).name == config_name and config_name not in ("", "..")
+    if inside and (path / config_name).is_dir():
         return path / config_name, []
     return path, [f"{name} has no folder {config_name!r}; using the whole folder"]
 

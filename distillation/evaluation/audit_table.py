@@ -1,9 +1,11 @@
 """The audit that a run wrote of its teacher's hidden states, as a table of the report."""
 
-import json
 import logging
 from pathlib import Path
 
+from cleangpt.errors import CheckpointError
+from cleangpt.integrity import parse_json_object
+from cleangpt.manifest import check_listed
 from distillation.audit_text import audit_table
 
 logger = logging.getLogger(__name__)
@@ -25,8 +27,12 @@ def read_audit(run_dir: Path) -> Table | None:
     if not path.is_file():
         return None
     try:
-        audit = json.loads(path.read_text(encoding="utf-8"))
+        check_listed(run_dir, AUDIT_NAME)
+        audit = parse_json_object(path.read_bytes())
         return audit_table(audit, int(audit["student_width"]))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except CheckpointError as error:
+        logger.warning("%s The report goes without the audit.", error.cause)
+        return None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         logger.warning("%s is not an audit (%r): the report goes without it.", path, error)
         return None

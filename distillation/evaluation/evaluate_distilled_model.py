@@ -273,16 +273,16 @@ def _add_measurement_flags(parser: CommandParser) -> None:
 
 def _finish(result: "EvaluationResult", output_dir: Path, run_dir: Path) -> None:
     """Print first: the numbers survive a folder that cannot be written."""
+    from cleangpt.safe_text import clean_line
     from distillation.evaluation import tables
     from distillation.evaluation.report import write_report
-    from distillation.evaluation.safe_text import clean_line
 
     print(tables.text_table(tables.MODEL_COLUMNS, tables.model_rows(result)))
     for note in result["notes"]:
         print(f"note: {clean_line(note, 600)}")
     sys.stdout.flush()
     paths = write_report(result, output_dir, run_dir=run_dir)
-    print(f"report: {paths['report.html']}")
+    print(f"report: {clean_line(str(paths['report.html']), 2000)}")
     others = ", ".join(name for name in paths if name != "report.html")
     print(f"beside it: {others}")
 

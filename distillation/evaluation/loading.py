@@ -5,12 +5,11 @@ random still produces plausible numbers.
 """
 
 import json
-import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -18,15 +17,19 @@ from torch import nn
 import model as students
 from cleangpt.data import TextDataset
 from cleangpt.data.overlap import contained_share
-from cleangpt.errors import CheckpointError, InputError, UsageError
+from cleangpt.errors import CheckpointError, InputError
 from cleangpt.hub import local_path
-from cleangpt.teacher import TOKENIZER_FILES, load_teacher
+from cleangpt.integrity import check_sums, parse_json_object
+from cleangpt.manifest import read_manifest
+from cleangpt.teacher import TOKENIZER_FILES, load_teacher, quiet_libraries
+from cleangpt.teacher_files import attention_of
 from cleangpt.vocabulary import check_same_tokens
+from cleangpt.weight_files import check_blocks, check_file, check_folder
+from distillation.evaluation.student_files import first_line, load_pt, student_class
 from distillation.evaluation.training_record import local_errors
-from distillation.utils.checkpoint import load_checkpoint
 from stitching_layers import StitchingLayers, load_stitches
 
-logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 CHECKPOINT_NAME = "student_model_final_distilled.pt"
 STITCHES_NAME = "stitching_layers.safetensors"
@@ -91,7 +94,7 @@ def load_model(
     if location.is_dir():
         loaded, label = _load_folder(location, model_type, trust_remote_code), _label(location)
     else:
-        loaded, label = _load_pt(location, model_type)
+        loaded, label = load_pt(location, model_type)
     folder = location if location.is_dir() else run_dir / "final"
     is_run = not location.is_dir() or location.name == "final"
     return LoadedModel(
@@ -138,100 +141,34 @@ def _locate(path: Path) -> Path:
     )
 
 
-def _load_pt(path: Path, model_type: str | None) -> tuple[nn.Module, str]:
-    """A checkpoint of ours: the class by its saved type, the weights strictly."""
-    saved = load_checkpoint(path)
-    saved_type = str(saved["model_type"])
-    class_name = saved["metadata"].get("model_class")
-    student_class = _student_class(saved_type, class_name, model_type, path)
-    if student_class is not None:
-        student = student_class(student_class.config_class.from_dict(saved["config"]))
-    else:
-        student = _stock_model(saved_type, class_name, saved["config"], path)
-    load_checkpoint(path, student)
-    step, total = saved["metadata"].get("step"), saved["metadata"].get("total_steps")
-    label = saved_type
-    if step is not None and total is not None and step < total:
-        label += f" (step {step} of {total})"
-    return student, label
-
-
-def _stock_model(
-    saved_type: str, class_name: str | None, config: dict[str, Any], path: Path
-) -> nn.Module:
-    """A student whose class comes with transformers, with weights still to be loaded."""
-    import transformers
-    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
-
-    if saved_type in CONFIG_MAPPING and hasattr(transformers, str(class_name)):
-        known = AutoConfig.for_model(**config)
-        if type(known) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-            return AutoModelForCausalLM.from_config(known, dtype=torch.float32)
-    raise InputError(
-        f"{path} holds a student of type {saved_type!r}, which is not registered.",
-        f"Enter its class in model.STUDENTS; known: {', '.join(sorted(students.STUDENTS))}.",
-    )
-
-
-def _student_class(
-    saved_type: str, class_name: str | None, model_type: str | None, path: Path
-) -> Any:
-    """The registered class to load with, or None if no student has that type of configuration.
-
-    That is the class ``model_type`` names, else the one that was saved, else (in files that do not
-    tell) the first one with such a configuration.
-    """
-    fitting = {
-        name: student_class
-        for name, student_class in students.STUDENTS.items()
-        if student_class.config_class.model_type.lower() == saved_type.lower()
-    }
-    if model_type is not None:
-        for name, student_class in fitting.items():
-            if name.lower() == model_type.lower():
-                return student_class
-        if model_type.lower() != saved_type.lower():
-            raise UsageError(
-                f"--model_type is {model_type}, but {path} holds a {saved_type} model.",
-                f"Use --model_type {saved_type}, or leave the flag out.",
-            )
-    for student_class in fitting.values():
-        if class_name in (None, student_class.__name__):
-            return student_class
-    if fitting:
-        stock = next(iter(fitting))
-        raise InputError(
-            f"{path} was saved from class {class_name}, which is not registered; as a plain "
-            f"{stock} it could compute something else.",
-            f'Register it before loading: model.STUDENTS["{class_name}"] = {class_name}; '
-            f"or say --model_type {stock} to load it as that.",
-        )
-    return None
-
-
 def _load_folder(folder: Path, model_type: str | None, trust_remote_code: bool) -> nn.Module:
     """A HuggingFace folder: a student by the class that was saved, others as transformers finds."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    check_sums(folder)
     config = _read_json(folder / "config.json")
+    tensors = _usable(folder, partial(check_folder, folder))
     loader: Any = AutoModelForCausalLM
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    has_code = "AutoModelForCausalLM" in (config.get("auto_map") or {})
+    has_code = "AutoModelForCausalLM" in _as(dict, config.get("auto_map"))
+    known: Any = None
     if model_type is not None or not (trust_remote_code and has_code):
-        class_name = next(iter(config.get("architectures") or ()), None)
-        saved_type = str(config.get("model_type"))
-        student_class = _student_class(saved_type, class_name, model_type, folder)
-        if student_class is not None:
-            loader, options = student_class, {}
-    for file in [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]:
-        _refuse_pointer(file)
+        class_name = next(iter(_as(list, config.get("architectures"))), None)
+        known = student_class(str(config.get("model_type")), class_name, model_type, folder)
+    read = AutoConfig.from_pretrained
+    if known is not None:
+        loader, options, read = known, {}, known.config_class.from_pretrained
+    settings = _explained(folder, lambda: read(folder, local_files_only=True, **options))
+    _usable(folder, partial(check_blocks, settings, tensors))
     loaded, info = _explained(
         folder,
         lambda: loader.from_pretrained(
             folder,
+            config=settings,
             dtype=torch.float32,
             local_files_only=True,
             output_loading_info=True,
+            **attention_of(settings, known),
             **options,
         ),
     )
@@ -244,66 +181,51 @@ def _load_folder(folder: Path, model_type: str | None, trust_remote_code: bool) 
     return loaded
 
 
+def _as(kind: type[T], value: Any) -> T:
+    """A value of a file if it is of that kind, else an empty one."""
+    return value if isinstance(value, kind) else kind()
+
+
+def _usable(place: Path, check: Callable[[], T]) -> T:
+    """What a check of files returns; its refusal as ours."""
+    try:
+        return check()
+    except ValueError as error:
+        raise CheckpointError(
+            f"{place} cannot be used: {error}.",
+            "Fetch the real files (git lfs pull), or copy or save the model again.",
+        ) from error
+
+
 def _explained(folder: Path, load: Callable[[], Any]) -> Any:
     """Turn the library's many errors about unusable folders into ours."""
-    from safetensors import SafetensorError
-
     try:
-        with _quiet():
+        with quiet_libraries():
             return load()
     except (ValueError, KeyError, ImportError) as error:
         raise InputError(
             f"{folder} is not a causal language model that transformers can load: "
-            f"{_first_line(error)}",
+            f"{first_line(error)}",
             "Name a folder of a decoder-only model; one with its own code needs "
             "--trust_remote_code.",
         ) from error
-    except (OSError, RuntimeError, SafetensorError, EOFError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # weights that are damaged or hostile break the library in any way
         raise CheckpointError(
-            f"The weights in {folder} cannot be read: {_first_line(error)}",
+            f"The weights in {folder} cannot be read: {first_line(error)}",
             "The folder is incomplete or damaged; copy or save the model again.",
         ) from error
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bar for files that load in a moment."""
-    from transformers.utils import logging as log
-
-    shown = log.is_progress_bar_enabled()
-    log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            log.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]
-
-
-def _refuse_pointer(file: Path) -> None:
-    with file.open("rb") as opened:
-        head = opened.read(64).lstrip().lower()
-    if not head or head.startswith((b"version https://git-lfs", b"<!doctype", b"<html")):
-        kind = "empty" if not head else "an HTML page or a large-file pointer, not weights"
-        raise CheckpointError(
-            f"{file} is {kind}.", "Fetch the real file, for example with git lfs pull."
-        )
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return parse_json_object(path.read_bytes())
     except (ValueError, OSError) as error:
         raise CheckpointError(
-            f"{path} is not readable JSON.", "The file is damaged; copy or save the model again."
+            f"{path} is not a readable JSON object.",
+            "The file is damaged; copy or save the model again.",
         ) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is not a JSON object.", "Copy or save the model again.")
-    return content
 
 
 def _label(folder: Path) -> str:
@@ -318,14 +240,14 @@ def _stitches_of(run_dir: Path) -> StitchingLayers | None:
     path = run_dir / STITCHES_NAME
     if not path.is_file():
         return None
-    _refuse_pointer(path)
-    from safetensors import SafetensorError
-
+    _usable(path, partial(check_file, path))
     try:
         return load_stitches(path)
-    except (ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:
         raise CheckpointError(
-            f"{path} cannot be used: {_first_line(error)}",
+            f"{path} cannot be used: {first_line(error)}",
             "Copy the run again, or move the file away to fit stitches anew.",
         ) from error
 
@@ -344,8 +266,7 @@ def vocabulary_of(folder: Path) -> dict[str, int] | None:
 
 def _run_notes(run_dir: Path) -> tuple[str, ...]:
     """What the manifest says about a run that is not done."""
-    path = run_dir / "manifest.json"
-    status = _read_json(path).get("status", "done") if path.is_file() else "done"
+    status = (read_manifest(run_dir) or {}).get("status", "done")
     return (
         () if status == "done" else (f"The run in {run_dir} is not done: its status is {status}.",)
     )
@@ -356,8 +277,7 @@ def share_trained_on(loaded: LoadedModel, texts: Sequence[str], tokenizer: Any) 
 
     See :mod:`cleangpt.data.overlap`.
     """
-    path = loaded.run_dir / "manifest.json"
-    sketch = _read_json(path).get("data_sketch") if path.is_file() else None
+    sketch = (read_manifest(loaded.run_dir) or {}).get("data_sketch")
     if not sketch:
         return 0.0
     return contained_share(TextDataset(texts, tokenizer, block_size=2).tokens, sketch)

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cleangpt.safe_text import clean_line
 from distillation.evaluation.results import EvaluationResult
-from distillation.evaluation.safe_text import clean_line
 from distillation.evaluation.tables import format_number
 
 

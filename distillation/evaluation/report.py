@@ -15,15 +15,11 @@ from pathlib import Path
 
 from cleangpt.errors import EnvironmentProblem
 from cleangpt.run_directory import disk_errors_explained, write_atomically
+from cleangpt.safe_text import clean_line, clean_text
 from distillation.evaluation import plots, tables
 from distillation.evaluation.audit_table import AUDIT_SENTENCE, AUDIT_TITLE, Table, read_audit
 from distillation.evaluation.results import EvaluationResult, without_non_finite
-from distillation.evaluation.safe_text import (
-    clean_line,
-    clean_text,
-    markdown_block,
-    markdown_line,
-)
+from distillation.evaluation.safe_text import markdown_block, markdown_line
 
 if sys.platform != "win32":  # Windows has no flock; there the last evaluation to finish wins.
     import fcntl

@@ -6,8 +6,8 @@ A value that was not measured shows as "-", one that is not finite as "NaN" or "
 import math
 from collections.abc import Callable, Sequence
 
+from cleangpt.safe_text import clean_line
 from distillation.evaluation.results import EvaluationResult, HiddenResult, ModelResult
-from distillation.evaluation.safe_text import clean_line
 
 MODEL_COLUMNS = (
     "model",

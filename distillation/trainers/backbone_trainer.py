@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from cleangpt.checkpoints import refuse_nonfinite
 from cleangpt.run_directory import RunDirectory
 from cleangpt.runtime.module_state import preserved_modes
 from distillation.activations import Activations
@@ -257,6 +258,7 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
             stitches = fit_read_outs(
                 self.teacher, self.student, stitches, self.batches(0), READ_OUT_TOKENS
             )
+        refuse_nonfinite(stitches.state_dict(), "the stitching layers were not written")
         self.run.write_bytes("stitching_layers.safetensors", stitches_to_bytes(stitches))
 
     def _basis(self) -> Tensor | None:

@@ -1,8 +1,9 @@
 """One student in one ``.pt`` file: a dict of tensors and one JSON string, nothing else.
 
 Loading never runs code from a file: only PyTorch's restricted loader is used, and the file holds
-nothing that needs more. Weights load strictly; a missing, unexpected or mis-shaped tensor is an
-error.
+nothing that needs more. What the file may make this process allocate is bounded by the file's own
+size. The string carries a checksum over itself and every tensor. Weights load strictly; a missing,
+unexpected or mis-shaped tensor is an error.
 """
 
 import json
@@ -12,11 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cleangpt.checkpoints import refuse_nonfinite
 from cleangpt.errors import CheckpointError, InputError
+from cleangpt.integrity import is_as_sealed, parse_json_object, sealed
 from cleangpt.metrics_log import without_nonfinite
+from cleangpt.restricted_load import restricted_load
 from cleangpt.run_directory import disk_errors_explained, write_atomically
+from cleangpt.runtime.module_state import tensors_fingerprint
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""From 2 on the metadata carries a checksum."""
 
 
 def save_checkpoint(model: nn.Module, path: str | Path, **extra: Any) -> Path:
@@ -37,13 +43,7 @@ def save_checkpoint(model: nn.Module, path: str | Path, **extra: Any) -> Path:
     """
     path = Path(path)
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    broken = [n for n, t in state.items() if t.is_floating_point() and not t.isfinite().all()]
-    if broken:
-        raise CheckpointError(
-            f"{len(broken)} tensors hold NaN or infinite numbers, the first is {broken[0]};"
-            f" {path} was not written.",
-            "Lower the learning rate or max_grad_norm and train again.",
-        )
+    refuse_nonfinite(state, f"{path} was not written")
     config: Any = getattr(model, "config", None)
     config_values = config.to_dict() if hasattr(config, "to_dict") else {}
     about = {
@@ -53,7 +53,8 @@ def save_checkpoint(model: nn.Module, path: str | Path, **extra: Any) -> Path:
         "config": config_values,
         **extra,
     }
-    metadata = json.dumps(without_nonfinite(about), default=_json_value, allow_nan=False)
+    plain = json.loads(json.dumps(without_nonfinite(about), default=_json_value))
+    metadata = json.dumps(sealed(plain, tensors_fingerprint(state.items())))
     with disk_errors_explained(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
     content = {"model_state_dict": state, "metadata": metadata}
@@ -75,71 +76,101 @@ def load_checkpoint(
 
     Raises:
         InputError: If there is no such file.
-        CheckpointError: If it is damaged, foreign, of a newer format, or does not fit ``model``.
+        CheckpointError: If it is damaged, foreign, of another format, or does not fit ``model``.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"There is no file {path}.", "Check the path of the checkpoint.")
-    content = _read(path, device)
-    metadata = content["metadata"]
-    version = metadata.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    state, metadata = _read(path)
+    if metadata.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has format version {version!r}; this library reads up to {FORMAT_VERSION}.",
-            "Upgrade the library, or save the student again with this one.",
+            f"{path} has format version {metadata.get('format_version')!r}; this library reads"
+            f" {FORMAT_VERSION}.",
+            "Use the version of the library that wrote it, or save the student again with this"
+            " one.",
         )
+    if not is_as_sealed(metadata, tensors_fingerprint(state.items())):
+        raise CheckpointError(
+            f"{path} is damaged: it does not hold what was written to it (SHA-256 differs).",
+            "Copy the file again, or use another copy.",
+        )
+    refuse_nonfinite(state, f"{path} is not used")
+    if device is not None:
+        state = {name: tensor.to(device) for name, tensor in state.items()}
     if model is not None:
-        _load_strictly(model, content["model_state_dict"], path)
+        load_strictly(model, state, path)
     return {
-        "model_state_dict": content["model_state_dict"],
+        "model_state_dict": state,
         "model_type": metadata.get("model_type"),
         "config": metadata.get("config", {}),
         "metadata": metadata,
     }
 
 
-def _read(path: Path, device: torch.device | str | None) -> dict[str, Any]:
-    """Load with the restricted loader and check the shape of what comes out."""
-    with path.open("rb") as file:
-        head = file.read(200).lstrip().lower()
-    if head.startswith((b"version https://git-lfs", b"<!doctype", b"<html", b"/annex/")):
-        raise CheckpointError(
-            f"{path} is a text file (an HTML page or a large-file pointer), not weights.",
-            "Fetch the real file, for example with git lfs pull.",
-        )
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Load with the restricted loader and check what comes out: tensors and metadata."""
     try:
-        content = torch.load(path, map_location=device or "cpu", weights_only=True)
-    except Exception as error:  # the loader raises many types for damaged or foreign files
+        content = restricted_load(path)
+    except ValueError as error:
         raise CheckpointError(
-            f"{path} cannot be read as a checkpoint of this library ({type(error).__name__}).",
-            "It is damaged or was made by other software; use another copy or save it again.",
+            f"{error}; it cannot be read as a checkpoint of this library.",
+            "Fetch the real file (git lfs pull), use another copy, or save it again.",
         ) from error
     metadata = _parsed(content.get("metadata")) if isinstance(content, dict) else None
-    good = (
-        metadata is not None
-        and isinstance(content.get("model_state_dict"), dict)
-        and all(isinstance(value, Tensor) for value in content["model_state_dict"].values())
-    )
-    if not good:
+    state = content.get("model_state_dict") if isinstance(content, dict) else None
+    if metadata is None or not _is_plain_state(state):
         raise CheckpointError(
             f"{path} loads, but is not a checkpoint of this library"
             " (expected model_state_dict and metadata).",
             "Pass a file written by save_checkpoint or by a distillation run.",
         )
-    return {**content, "metadata": metadata}
+    # Tied weights are one storage under two names; more than that is not ours.
+    size = path.stat().st_size
+    if sum(tensor.nbytes for tensor in state.values()) > 2 * size:
+        raise CheckpointError(
+            f"{path} describes tensors larger than the file ({size:,} bytes).",
+            "It was not written by this library; use another copy.",
+        )
+    return state, metadata
+
+
+def _is_plain_state(state: Any) -> bool:
+    """Whether it is a dictionary of ordinary tensors on the CPU, by name."""
+    return isinstance(state, dict) and all(
+        isinstance(name, str)
+        and type(tensor) in (Tensor, nn.Parameter)
+        and tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and not tensor.is_quantized
+        for name, tensor in state.items()
+    )
 
 
 def _parsed(metadata: Any) -> dict[str, Any] | None:
     """The metadata as a dictionary, or None if it is not one in JSON."""
     try:
-        parsed = json.loads(metadata)
+        return parse_json_object(metadata)
     except (TypeError, ValueError):
         return None
-    return parsed if isinstance(parsed, dict) else None
 
 
-def _load_strictly(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    """Load all tensors, or raise before any is changed."""
+def load_strictly(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """Load all tensors, or raise before any is changed; arguments as ``check_fits`` has them."""
+    check_fits(model, state, path)
+    model.load_state_dict(state, strict=True)
+
+
+def check_fits(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """Refuse tensors that are not exactly a model's own.
+
+    Args:
+        model: The model; one on PyTorch's "meta" device will do.
+        state: The tensors, by name.
+        path: Where they came from, for the message.
+
+    Raises:
+        CheckpointError: If a tensor is missing, unexpected, or has another shape.
+    """
     own = model.state_dict()
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     shapes = [
@@ -153,7 +184,6 @@ def _load_strictly(model: nn.Module, state: dict[str, Tensor], path: Path) -> No
             f" unexpected {unexpected[:3]}, other shapes {sorted(shapes)[:3]}.",
             'Build the model from the file\'s own configuration (load_checkpoint(path)["config"]).',
         )
-    model.load_state_dict(state, strict=True)
 
 
 def _json_value(value: Any) -> Any:

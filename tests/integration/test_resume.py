@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cleangpt.errors import CheckpointError, Stopped, UsageError
+from cleangpt.integrity import sealed
 from distillation import DistillationTrainer
 from tests.builders import batches, tiny_student, tiny_teacher
 from tests.processes import in_processes
@@ -256,8 +257,8 @@ def test_a_finished_run_of_no_known_results_is_not_touched(tmp_path: Path) -> No
     run(tmp_path, [])
     path = tmp_path / "run" / "manifest.json"
     manifest = json.loads(path.read_text())
-    del manifest["results"]
-    path.write_text(json.dumps(manifest))
+    del manifest["results"], manifest["sha256"]
+    path.write_text(json.dumps(sealed(manifest)))
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     with pytest.raises(UsageError, match=r"says nothing of its results.*\n.*--overwrite"):
         run(tmp_path, [])

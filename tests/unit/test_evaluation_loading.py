@@ -30,6 +30,13 @@ def run(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made / "run", tmp_path / "run"))
 
 
+def write_manifest(folder: Path, status: str) -> None:
+    from cleangpt.integrity import sealed
+
+    content = sealed({"run_id": "x", "format_version": 2, "status": status})
+    (folder / "manifest.json").write_text(json.dumps(content))
+
+
 @pytest.mark.parametrize("place", ["", "final", CHECKPOINT])
 def test_a_run_loads_by_any_of_its_parts(made: Path, place: str) -> None:
     loaded = load_model(str(made / "run" / place))
@@ -123,14 +130,14 @@ def test_a_half_trained_checkpoint_is_labelled(tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_not_done_is_noted(run: Path) -> None:
-    (run / "manifest.json").write_text(json.dumps({"status": "running"}))
+    write_manifest(run, "running")
     assert "running" in load_model(str(run)).notes[0]
 
 
 def test_a_run_without_a_model_is_refused(run: Path) -> None:
     shutil.rmtree(run / "final")
     (run / CHECKPOINT).unlink()
-    (run / "manifest.json").write_text(json.dumps({"status": "failed"}))
+    write_manifest(run, "failed")
     with pytest.raises(CheckpointError, match="unfinished"):
         load_model(str(run))
 

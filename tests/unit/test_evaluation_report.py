@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from cleangpt.errors import EnvironmentProblem
+from cleangpt.safe_text import clean_line, clean_text
 from distillation.evaluation import plots, tables
 from distillation.evaluation.report import report_markdown, results_json, write_report
-from distillation.evaluation.safe_text import clean_line, clean_text, markdown_block, markdown_line
+from distillation.evaluation.safe_text import markdown_block, markdown_line
 
 HOSTILE = (
     "<script>alert(1)</script>"
