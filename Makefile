@@ -25,10 +25,14 @@ PLAIN_TORCH_IS_CPU = $(PIP) install -qq --dry-run --no-deps --report - -c constr
 		re.match("nvidia|cuda|triton", need) for item in json.loads(report)["install"] \
 		for need in item["metadata"].get("requires_dist", [])))'
 
+# In an environment of its own: its packages are not this project's.
+AUDIT_PY := .venv-audit/bin/python
+AUDIT_FLAGS ?=
+
 # No test reaches for the network; one thread a worker keeps two workers from fighting.
 TEST_ENV := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1 OMP_NUM_THREADS=1
 
-.PHONY: help install demo demo-smollm2 smollm2 test lint test-slow clean
+.PHONY: help install demo demo-smollm2 smollm2 test lint test-slow audit clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -58,6 +62,11 @@ lint: $(STAMP)  ## ruff (rules and format) and mypy --strict
 
 test-slow: $(STAMP)  ## the tests over ten seconds: whole runs, the wheel in a clean environment
 	$(TEST_ENV) $(PY) -m pytest -q -m "slow and not gpu" --durations=25
+
+audit: $(STAMP)  ## known holes in the installed packages (asks an advisory database)
+	@test -x $(AUDIT_PY) || $(PYTHON) -m venv .venv-audit
+	@$(AUDIT_PY) -m pip install -qq pip-audit==2.10.1
+	@$(PY) -m tests.contract.audit --python $(AUDIT_PY) $(AUDIT_FLAGS)
 
 clean:  ## remove caches, builds and runs (keeps .venv)
 	rm -rf build dist runs .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

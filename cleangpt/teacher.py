@@ -207,6 +207,7 @@ def _read_tokenizer(source: TeacherSource) -> PreTrainedTokenizerBase:
         raise missing from error
     if len(tokenizer) < 2:
         raise missing
+    check_template_names(source, tokenizer)
     return tokenizer
 
 

@@ -43,7 +43,6 @@ def save_student(
     """
     if not run.writes:
         return
-    run.write_folder("final", fill)
     path = save_checkpoint(
         student,
         run.path / FINAL_NAME,
@@ -53,6 +52,8 @@ def save_student(
         head_loss=results["head_loss"],
         polish_loss=results["polish_loss"],
     )
+    # Second: whatever a tokenizer or model of others does on saving, the weights are safe by then.
+    run.write_folder("final", fill)
     stored = load_checkpoint(path)["model_state_dict"]
     state = student.state_dict()
     if any(not torch.equal(stored[name], tensor.cpu()) for name, tensor in state.items()):
