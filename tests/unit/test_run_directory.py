@@ -134,3 +134,18 @@ def test_metrics_write_null_for_what_json_cannot_hold(tmp_path: Path) -> None:
         "tokens_per_second": 2.0,
         "nonfinite": ["loss"],
     }
+
+
+def test_metrics_that_changed_while_a_run_was_stopped_are_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.write("step", loss=1.5)
+    size, checksum = log.size(), log.checksum(log.size())
+    log.write("step", loss=1.25)
+    log.go_on(size, checksum)
+    assert caplog.text == ""
+    assert log.size() == size
+    (tmp_path / "metrics.jsonl").write_text('{"event": "step", "loss": 9.5}\n')
+    log.go_on(size, checksum)
+    assert "cannot be trusted" in caplog.text
