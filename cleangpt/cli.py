@@ -19,13 +19,12 @@ from typing import NoReturn, TypeVar
 
 from cleangpt.errors import CleanGPTError, EnvironmentProblem, OutOfMemory
 from cleangpt.runtime.launcher import launched
-from cleangpt.safe_text import SafeFormatter, clean_line, clean_text
+from cleangpt.safe_text import SafeFormatter, clean_message, clean_text
 
 T = TypeVar("T")
 
 _OUR_LOGGERS = ("cleangpt", "distillation", "model", "examples", "benchmarks", "__main__")
 _OUT_OF_MEMORY_WORDS = ("out of memory", "not enough memory", "can't allocate", "cannot allocate")
-_LONGEST = 2000  # characters of a line of an error; what is foreign in it may be a megabyte
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -198,7 +197,7 @@ def setup_logging(debug: bool = False) -> None:
 
 
 def _print_error(cause: str, remedy: str) -> None:
-    sys.stderr.write(f"error: {clean_line(cause, _LONGEST)}\nfix: {clean_line(remedy, _LONGEST)}\n")
+    sys.stderr.write(f"error: {clean_message(cause)}\nfix: {clean_message(remedy)}\n")
     sys.stderr.flush()
 
 
@@ -282,4 +281,4 @@ def run_command(
 def _show_traceback(error: BaseException, arguments: Sequence[str]) -> None:
     if "--debug" in arguments:
         lines = "".join(traceback.format_exception(error))
-        sys.stderr.write(clean_text(lines, 100 * _LONGEST))
+        sys.stderr.write(clean_text(lines, 200_000))

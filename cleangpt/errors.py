@@ -7,6 +7,8 @@ derives from the built-in exception a caller would expect, so ``except ValueErro
 
 from typing import ClassVar
 
+from cleangpt.safe_text import clean_message
+
 
 class CleanGPTError(Exception):
     """A failure the user can act on.
@@ -19,9 +21,9 @@ class CleanGPTError(Exception):
     exit_code: ClassVar[int] = 1
 
     def __init__(self, cause: str, remedy: str) -> None:
-        super().__init__(f"{cause}\n{remedy}")
-        self.cause = cause
-        self.remedy = remedy
+        # Names in it may be anybody's: of columns, files, tensors.
+        self.cause, self.remedy = clean_message(cause), clean_message(remedy)
+        super().__init__(f"{self.cause}\n{self.remedy}")
 
 
 class UsageError(CleanGPTError, ValueError):

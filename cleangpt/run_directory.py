@@ -221,7 +221,15 @@ class RunDirectory:
         """
         if not self.writes:
             return []
-        place = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        try:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                self.path.lstat()
+            place = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        except (OSError, ValueError) as error:  # too long, or with a NUL in it
+            raise EnvironmentProblem(
+                f"{str(self.path)!r} cannot be a directory: {getattr(error, 'strerror', error)}.",
+                "Choose another output_dir (--output_dir).",
+            ) from error
         if not place.is_dir() or not os.access(place, os.W_OK):
             raise EnvironmentProblem(
                 f"Cannot write {self.path}: {place} is not a writable directory.",

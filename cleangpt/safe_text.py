@@ -41,6 +41,11 @@ def clean_line(text: str, limit: int = 200) -> str:
     return line if len(line) <= limit else f"{line[: limit - 3].rstrip()}..."
 
 
+def clean_message(text: str, limit: int = 2000) -> str:
+    """Return :func:`clean_text` on one line with its spaces, for messages with names in."""
+    return clean_text(text, limit).replace("\n", " ").replace("\t", " ")
+
+
 def _clean_character(character: str) -> str:
     if character in "\n\t" or " " <= character <= "~":
         return character
