@@ -118,7 +118,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ) from error
     metadata = _parsed(content.get("metadata")) if isinstance(content, dict) else None
     state = content.get("model_state_dict") if isinstance(content, dict) else None
-    if metadata is None or not _is_plain_state(state):
+    if metadata is None or state is None or not _is_plain_state(state):
         raise CheckpointError(
             f"{path} loads, but is not a checkpoint of this library"
             " (expected model_state_dict and metadata).",
