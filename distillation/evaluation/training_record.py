@@ -4,11 +4,11 @@ Reads the manifest alone. A block that did not learn has no figure, nor has one 
 there.
 """
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
+from cleangpt.integrity import parse_json_object
 from distillation.evaluation.results import EvaluationResult
 
 
@@ -23,7 +23,7 @@ def local_errors(run_dir: Path) -> dict[int, float]:
     """
     path = run_dir / "manifest.json"
     try:
-        stages: Any = json.loads(path.read_text(encoding="utf-8"))["stages"]
+        stages: Any = parse_json_object(path.read_bytes())["stages"]
         rows = [row for row in stages if row.get("block") is not None and row.get("steps")]
         found = {int(row["block"]): row["relative_error"] for row in rows}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
