@@ -37,6 +37,7 @@ RUN_FILES = (
     "config.json",
     "audit.json",
     "metrics.jsonl",
+    "stream.json",
     "student_model_final_distilled.pt",
     "stitching_layers.safetensors",
     "final",

@@ -83,6 +83,20 @@ def needed_bytes(positions: int, widths: Sequence[int], dtype: str) -> int:
     return positions * sum(widths) * STATE_DTYPES[dtype].itemsize
 
 
+def tokens_that_fit(budget: int, widths: Sequence[int], dtype: str, levels: int = 0) -> int:
+    """The tokens whose states fit into a budget of bytes.
+
+    Args:
+        budget: Bytes.
+        widths: d_state of each state kept per position, the teacher's first.
+        dtype: "fp32" or "bf16".
+        levels: Teaching blocks, where the teacher's states of all of them are wanted at a time (in
+            "parallel_local", and for a polish on hidden states); 0 where they never are.
+    """
+    all_levels = needed_bytes(1, [widths[0]] * levels, dtype)
+    return budget // max(needed_bytes(1, widths, dtype), all_levels)
+
+
 def positions_in(loader: Any) -> int | None:
     """The positions of one pass over a loader, at most; None if it cannot tell.
 

@@ -137,6 +137,11 @@ class Journal:
         """Whether the student's head was tied to its embeddings where the run goes on from."""
         return self._resumed is not None and bool(self._resumed.state["head_is_tied"])
 
+    @property
+    def stages_trained(self) -> int:
+        """The stages finished so far, before a stop too, in which something was trained."""
+        return sum(any(r["epoch_losses"] for r in results) for _, results in self._finished)
+
     def put_back(self) -> None:
         """Give all modules the weights of the checkpoint; the stages are replayed on those.
 

@@ -61,6 +61,10 @@ class HeadStage(Stage):
             modules["lm_head"] = self.student.lm_head
         return modules
 
+    def forget_states(self) -> None:
+        """Make room for the states of other windows."""
+        self.activations.forget()
+
     def loss(self, batch: Batch) -> Float[Tensor, ""]:
         """Return the weighted mean logit loss over valid positions."""
         return self.logit_loss(

@@ -25,7 +25,7 @@ class Workload:
     """What is trained on, and how often.
 
     Args:
-        positions: Tokens of one pass over the data.
+        positions: Tokens of one pass over the data, the part whose states are kept at a time.
         batches: Batches of one pass, a smaller last one by its share.
         batch_size: Windows per batch.
         seq_len: Tokens per window.
@@ -39,6 +39,7 @@ class Workload:
             "parallel_local" the teacher from the second epoch on.
         reads_teacher: Whether the teacher's states enter blocks that learn.
         reads_student: Whether the student's own do.
+        passes: How many passes the data come in; every stage has all its epochs on each.
     """
 
     positions: int
@@ -54,6 +55,19 @@ class Workload:
     levels_fit: bool = False
     reads_teacher: bool = False
     reads_student: bool = True
+    passes: int = 1
+
+    def over_passes(
+        self, kept: "Passes", streamed: "Passes", fresh: "Passes"
+    ) -> "tuple[Passes, Passes]":
+        """What all passes take, with states kept and without.
+
+        Args:
+            kept: What a pass takes whose states are there from the stage before.
+            streamed: What a pass takes without kept states.
+            fresh: What a pass takes whose states are computed first, and then kept.
+        """
+        return kept.plus(fresh.times(self.passes - 1)), streamed.times(self.passes)
 
 
 @dataclass(frozen=True)
@@ -63,6 +77,18 @@ class Passes:
     teacher_blocks: int
     student_blocks: int
     steps: int
+
+    def times(self, count: int) -> "Passes":
+        """So many times as often."""
+        return Passes(self.teacher_blocks * count, self.student_blocks * count, self.steps * count)
+
+    def plus(self, other: "Passes") -> "Passes":
+        """Both together."""
+        return Passes(
+            self.teacher_blocks + other.teacher_blocks,
+            self.student_blocks + other.student_blocks,
+            self.steps + other.steps,
+        )
 
 
 @dataclass(frozen=True)
@@ -195,21 +221,23 @@ def _block_stages(
         zip(work.layer_map, work.epochs_per_block, strict=True)
     ):
         before = work.layer_map[block - 1] if block else -1
+        once = min(1, epochs)
         if work.schedule == "parallel_local":
             # The teacher's blocks between two targets count for the later one.
             streamed = Passes((target - before) * epochs, 0, epochs)
-            once = min(1, epochs) if work.levels_fit else epochs
-            kept = Passes((target - before) * once, 0, epochs)
+            runs = once if work.levels_fit else epochs
+            fresh = kept = Passes((target - before) * runs, 0, epochs)
         elif not work.freeze_previous:
-            kept = Passes((target - before) * min(1, epochs), 0, epochs)
+            kept = Passes((target - before) * once, 0, epochs)
+            fresh = Passes((target + 1) * once, 0, epochs)
             streamed = Passes((target + 1) * epochs, 0, epochs)
         else:
-            once = min(1, epochs)
             new, whole = target - before, target + 1
             if work.reads_teacher and block:  # rolled on by themselves
                 new += before - (work.layer_map[block - 2] if block > 1 else -1)
                 whole += before + 1
             chain = block if work.reads_student else 0
+            fresh = Passes(whole * once, chain * once, epochs)
             kept = Passes(new * once, min(1, chain) * once, epochs)
             streamed = Passes(whole * epochs, chain * epochs, epochs)
         step = costs.first_block_step if block == 0 else costs.block_step
@@ -221,7 +249,7 @@ def _block_stages(
             blocks_trained * block_flops(student, block, work.seq_len)
             + 2.0 * student.hidden_size * teacher.hidden_size
         )
-        passes = (kept, streamed)
+        passes = work.over_passes(kept, streamed, fresh)
         name = f"block-{block:02d}"
         stages.append(_estimate(name, teacher, student, work, costs, passes, step, training))
     return stages
@@ -234,11 +262,12 @@ def _head_stage(
     once = min(1, epochs)
     rest = teacher.num_blocks - 1 - work.layer_map[-1]
     kept = Passes(rest * once, once if work.reads_student else student.num_blocks * once, epochs)
+    fresh = Passes(teacher.num_blocks * once, student.num_blocks * once, epochs)
     if work.schedule == "parallel_local":  # nothing was kept of the blocks' pass
-        kept = Passes(teacher.num_blocks * once, student.num_blocks * once, epochs)
+        kept = fresh
     streamed = Passes(teacher.num_blocks * epochs, student.num_blocks * epochs, epochs)
     heads = 2.0 * teacher.vocab_size * (teacher.hidden_size + 3 * student.hidden_size)
-    passes = (kept, streamed)
+    passes = work.over_passes(kept, streamed, fresh)
     return _estimate("lm-head", teacher, student, work, costs, passes, costs.head_step, heads)
 
 
@@ -248,7 +277,11 @@ def _polish_stage(
     epochs, blocks = work.polish_epochs, student.num_blocks
     # After a head phase the teacher's last states are known.
     once = teacher.num_blocks if work.head_epochs is None else 0
-    passes = (Passes(once, 0, epochs), Passes(teacher.num_blocks * epochs, 0, epochs))
+    passes = work.over_passes(
+        Passes(once, 0, epochs),
+        Passes(teacher.num_blocks * epochs, 0, epochs),
+        Passes(teacher.num_blocks, 0, epochs),
+    )
     step = costs.first_block_step + (blocks - 1) * costs.block_step + costs.head_step
     heads = 2.0 * teacher.vocab_size * (teacher.hidden_size + 3 * student.hidden_size)
     flops = 3 * blocks * block_flops(student, 0, work.seq_len) + heads

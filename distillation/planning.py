@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from torch import nn
+
 from cleangpt.blocks import BlockStack
 from cleangpt.errors import UsageError
 from distillation.activations import kept_widths
@@ -13,6 +15,7 @@ from distillation.cache_plan import (
     plan_cache,
     positions_in,
 )
+from distillation.passes import passes_of
 from distillation.plan import RunPlan, Workload, plan_run
 from distillation.probe import measure_costs, shrunk
 from distillation.trainers.backbone_trainer import BackboneDistillationTrainer
@@ -32,10 +35,7 @@ def plan_training(
             "The train_dataloader does not tell how many tokens it holds, so there is no plan.",
             "Give it a dataset with num_tokens, such as TextDataset, or with block_size.",
         )
-    small_teacher, small_student = (
-        BlockStack(shrunk(model, 1)) for model in (trainer.teacher_model, trainer.student_model)
-    )
-    widths = kept_widths(small_teacher, small_student, config.block_inputs)
+    widths = small_widths(trainer.teacher_model, trainer.student_model, config.block_inputs)
     need = needed_bytes(positions, widths, config.activation_dtype)
     limit = config.activation_cache_gb
     unloaded = sum(
@@ -69,6 +69,14 @@ def plan_training(
     return plan_run(teacher, student, work, costs, cache, need)
 
 
+def small_widths(
+    teacher_model: nn.Module, student_model: nn.Module, block_inputs: str
+) -> list[int]:
+    """The widths of the states that are kept, of models with or without weights."""
+    small = [BlockStack(shrunk(model, 1)) for model in (teacher_model, student_model)]
+    return kept_widths(small[0], small[1], block_inputs)
+
+
 def _workload(
     trainer: BackboneDistillationTrainer,
     positions: int,
@@ -98,4 +106,5 @@ def _workload(
         levels_fit=levels_fit,
         reads_teacher=trainer.shares_basis,
         reads_student=trainer.config.block_inputs != "teacher",
+        passes=passes_of(loader),
     )

@@ -71,6 +71,9 @@ class Stage(ABC):
                     parameters[f"{prefix}.{name}"] = parameter
         return parameters
 
+    def forget_states(self) -> None:  # noqa: B027 - a stage may keep none
+        """Called when windows seen so far are not seen again in this stage."""
+
     def compilable(self) -> list[nn.Module]:
         """The modules in training whose forward passes are worth compiling."""
         return []
@@ -141,6 +144,10 @@ class BlockStage(Stage):
         if self.stitch is not None and self.train_stitch:
             found["stitch"] = self.stitch
         return found
+
+    def forget_states(self) -> None:
+        """Make room for the states of other windows."""
+        self.activations.forget()
 
     def compilable(self) -> list[nn.Module]:
         """The student block."""

@@ -4,24 +4,72 @@ import argparse
 import logging
 from typing import TYPE_CHECKING, Any
 
+from examples.distillation_streaming import check_streaming, streamed_windows
+
 if TYPE_CHECKING:
+    from torch import nn
     from torch.utils.data import DataLoader
 
-    from cleangpt.data import TextSource
+    from cleangpt.data import TextDataset, TextSource, TextStream
     from cleangpt.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
 
+def find_documents(
+    arguments: argparse.Namespace, split: str | None = None
+) -> "TextSource | TextStream":
+    """The documents that the flags name, or with ``--streaming`` where they are; needs no torch.
+
+    Raises:
+        UsageError: If a flag cannot go with ``--streaming``.
+        InputError: If the data cannot be used.
+    """
+    from cleangpt.data import load_texts, open_stream
+
+    check_streaming(arguments)
+    own = {
+        "config_name": arguments.dataset_config_name,
+        "split": split or arguments.dataset_split,
+        "text_column": arguments.dataset_text_column,
+    }
+    if arguments.streaming:
+        return open_stream(arguments.dataset_name, **own)
+    wanted = arguments.max_samples if split is None else 0
+    return load_texts(arguments.dataset_name, max_samples=wanted, **own)
+
+
 def build_dataloader(
-    arguments: argparse.Namespace, source: "TextSource", teacher: "Teacher"
+    arguments: argparse.Namespace,
+    source: "TextSource | TextStream",
+    teacher: "Teacher",
+    student: "nn.Module",
 ) -> "DataLoader[Any]":
     """Cut the documents into windows; their order is a function of the seed and the epoch.
 
     Raises:
-        InputError: If packed documents do not fill one window.
+        InputError: If the documents do not fill one window.
     """
-    from cleangpt.data import DistillationDataCollator, TextDataset, make_dataloader
+    from cleangpt.data import DistillationDataCollator, TextStream, make_dataloader
+
+    dataset: Any
+    if isinstance(source, TextStream):
+        dataset = streamed_windows(arguments, source, teacher, student)
+    else:
+        dataset = _windows(arguments, source, teacher)
+    return make_dataloader(
+        dataset,
+        DistillationDataCollator(teacher.tokenizer, arguments.block_size),
+        arguments.batch_size,
+        seed=arguments.seed,
+        num_workers=arguments.num_workers,
+    )
+
+
+def _windows(
+    arguments: argparse.Namespace, source: "TextSource", teacher: "Teacher"
+) -> "TextDataset":
+    from cleangpt.data import TextDataset
     from cleangpt.data.token_cache import default_directory
     from cleangpt.errors import InputError
 
@@ -48,13 +96,7 @@ def build_dataloader(
         "" if arguments.packing else "up to ",
         arguments.block_size,
     )
-    return make_dataloader(
-        dataset,
-        DistillationDataCollator(teacher.tokenizer, arguments.block_size),
-        arguments.batch_size,
-        seed=arguments.seed,
-        num_workers=arguments.num_workers,
-    )
+    return dataset
 
 
 def validation_dataloader(
@@ -63,24 +105,30 @@ def validation_dataloader(
     """Windows of the data set's validation split, as many as the flag says; None if it has none."""
     from torch.utils.data import Subset
 
-    from cleangpt.data import DistillationDataCollator, TextDataset, load_texts, make_dataloader
+    from cleangpt.data import (
+        DistillationDataCollator,
+        StreamedWindows,
+        TextDataset,
+        TextStream,
+        make_dataloader,
+    )
     from cleangpt.errors import CleanGPTError
 
+    size = arguments.block_size
+    windows = max(1, arguments.validation_tokens // size)
+    dataset: StreamedWindows | TextDataset
     try:
-        source = load_texts(
-            arguments.dataset_name,
-            config_name=arguments.dataset_config_name,
-            split="validation",
-            text_column=arguments.dataset_text_column,
-        )
+        source = find_documents(arguments, "validation")
+        if isinstance(source, TextStream):
+            dataset = StreamedWindows(source, teacher.tokenizer, size, pass_tokens=windows * size)
+        else:
+            dataset = TextDataset(source.texts, teacher.tokenizer, size)
     except CleanGPTError as error:
         logger.warning("No validation: %s", error.cause)
         arguments.early_stop_patience = 0
         return None
-    dataset = TextDataset(source.texts, teacher.tokenizer, arguments.block_size)
-    windows = min(len(dataset), max(1, arguments.validation_tokens // arguments.block_size))
     return make_dataloader(
-        Subset(dataset, range(windows)),
+        Subset(dataset, range(min(len(dataset), windows))),
         DistillationDataCollator(teacher.tokenizer, arguments.block_size),
         arguments.batch_size,
         shuffle=False,

@@ -17,6 +17,7 @@ from cleangpt.cli import (
 )
 from config_distillation import MODEL_TYPES
 from distillation.recipes import RECIPES, TUTORIAL
+from examples.distillation_streaming import add_streaming_flags
 from examples.student_flags import HF_STUDENT, check_student_flags, keep_own_weights
 
 logger = logging.getLogger(__name__)
@@ -283,6 +284,7 @@ def _add_data_flags(parser: CommandParser) -> None:
     add("--dataset_config_name", help="configuration of the data set (default: its only one)")
     add("--dataset_text_column", help="column with the text (default: found)")
     _add_rows(parser, DATA_ROWS)
+    add_streaming_flags(parser)
     packing = "let windows run over the ends of documents, so that none is padded"
     add_switch(parser, "packing", "no_packing", True, packing)
     cache = parser.add_mutually_exclusive_group()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from cleangpt.cli import run_command, setup_logging
 from cleangpt.runtime.launcher import launched
-from examples.distillation_data import build_dataloader, validation_dataloader
+from examples.distillation_data import build_dataloader, find_documents, validation_dataloader
 from examples.distillation_flags import build_parser, parse_arguments
 from examples.distillation_student import build_student
 from examples.student_flags import HF_STUDENT
@@ -120,20 +120,13 @@ def prepare(arguments: argparse.Namespace) -> "tuple[DistillationTrainer, nn.Mod
         The trainer, and the student.
     """
     # Names and places first: a wrong one is told before the seconds that importing torch takes.
-    from cleangpt.data import load_texts
     from cleangpt.run_directory import RunDirectory
     from cleangpt.teacher_source import check_teacher_name
 
     check_teacher_name(arguments.teacher_model_name_or_path, revision=arguments.teacher_revision)
     if not arguments.plan:
         RunDirectory(arguments.output_dir).check_room(arguments.overwrite, arguments.resume)
-    source = load_texts(
-        arguments.dataset_name,
-        config_name=arguments.dataset_config_name,
-        split=arguments.dataset_split,
-        text_column=arguments.dataset_text_column,
-        max_samples=arguments.max_samples,
-    )
+    source = find_documents(arguments)
     for note in source.notes:
         logger.warning("%s", note)
 
@@ -161,7 +154,7 @@ def prepare(arguments: argparse.Namespace) -> "tuple[DistillationTrainer, nn.Mod
     )
     with torch.device("meta") if arguments.plan else contextlib.nullcontext():
         student = build_student(arguments, teacher, get_model_class)
-    loader = build_dataloader(arguments, source, teacher)
+    loader = build_dataloader(arguments, source, teacher, student)
     held_out = None
     if arguments.validation_tokens and not arguments.plan:
         held_out = validation_dataloader(arguments, teacher)
@@ -253,6 +246,8 @@ def evaluation_command(arguments: argparse.Namespace, student_path: str) -> str:
         words += ["--dataset_config_name", arguments.dataset_config_name]
     if arguments.dataset_text_column:
         words += ["--dataset_text_column", arguments.dataset_text_column]
+    if arguments.streaming:
+        words += ["--streaming", "--max_samples", "200"]
     return shlex.join([*words, "--generate_comparisons"])
 
 

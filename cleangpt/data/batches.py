@@ -76,7 +76,8 @@ def make_dataloader(
         num_workers: Worker processes; 0 collates in this process. The batches are the same.
 
     Raises:
-        UsageError: If ``batch_size`` or ``num_workers`` is out of range.
+        UsageError: If ``batch_size`` or ``num_workers`` is out of range, or there are workers for a
+            data set that changes while it is used.
     """
     if batch_size < 1:
         raise UsageError(
@@ -87,6 +88,11 @@ def make_dataloader(
         raise UsageError(
             f"num_workers is {num_workers}; it counts processes.",
             "Set num_workers (--num_workers) to 0 or more.",
+        )
+    if num_workers and getattr(dataset, "passes", 1) > 1:
+        raise UsageError(
+            f"{num_workers} workers would go on with the first pass of a stream of several.",
+            "Set num_workers (--num_workers) to 0.",
         )
     if num_workers:
         # A fast tokenizer used before the fork prints a warning in every worker unless this is set.

@@ -1,6 +1,6 @@
 """Documents of a ``datasets`` name, or of a folder that ``save_to_disk`` wrote.
 
-The only file that imports ``datasets``, and it does so inside its functions. The local cache is
+This file and ``streams`` alone import ``datasets``, inside their functions. The local cache is
 asked before the network; see ``cleangpt.hub``.
 """
 
@@ -22,7 +22,8 @@ _FLAG = "--dataset_name"
 _UNKNOWN_SPLIT = re.compile(r"(?:Unknown|Bad) split:? .*?\[(.*)\]", re.DOTALL)
 
 
-def _column_types(dataset: Any) -> dict[str, str]:
+def column_types(dataset: Any) -> dict[str, str]:
+    """Return the type of each column, as ``choose_text_column`` wants them."""
     types = {}
     for name, feature in dataset.features.items():
         kind = str(getattr(feature, "dtype", type(feature).__name__.lower()))
@@ -35,13 +36,13 @@ def _values(dataset: Any, column: str) -> Iterator[Any]:
         yield from batch[column]
 
 
-def _open(name: str, config_name: str | None, split: str) -> Any:
+def _open(name: str, config_name: str | None, split: str, streaming: bool) -> Any:
     """Return the split, from the cache if it is there, else from the hub."""
     import datasets
 
     try:
         with offline():
-            return datasets.load_dataset(name, config_name, split=split)
+            return datasets.load_dataset(name, config_name, split=split, streaming=streaming)
     except Exception as error:
         # Not in the cache, or not this configuration or split: the hub knows more, if it answers.
         in_cache = error
@@ -50,14 +51,20 @@ def _open(name: str, config_name: str | None, split: str) -> Any:
             raise in_cache
         raise unreachable("data set", name, flag=_FLAG)
     try:
-        return datasets.load_dataset(name, config_name, split=split)
+        return datasets.load_dataset(name, config_name, split=split, streaming=streaming)
     except (ConnectionError, FileNotFoundError, OSError) as error:
         raise refused("data set", name, error, flag=_FLAG) from error
 
 
-def _open_named(name: str, config_name: str | None, split: str) -> Any:
+def open_named(name: str, config_name: str | None, split: str, *, streaming: bool = False) -> Any:
+    """Return the rows of one split of a ``datasets`` name.
+
+    Raises:
+        InputError: If it has no such configuration or split, or cannot be loaded.
+        EnvironmentProblem: If it is not cached and cannot be fetched.
+    """
     try:
-        return _open(name, config_name, split)
+        return _open(name, config_name, split, streaming)
     except CleanGPTError:
         raise
     except (ValueError, RuntimeError) as error:
@@ -73,7 +80,7 @@ def _open_named(name: str, config_name: str | None, split: str) -> Any:
         raise InputError(f"data set {name!r} cannot be loaded: {text}", remedy) from error
 
 
-def _open_saved(path: Path, split: str) -> tuple[Any, bool]:
+def open_saved(path: Path, split: str) -> tuple[Any, bool]:
     """Return the rows, and whether they have no splits."""
     import datasets
 
@@ -110,10 +117,10 @@ def load_named(
         max_samples: First so many documents; 0 for all.
     """
     if path:
-        opened, has_one_split = _open_saved(path, split)
+        opened, has_one_split = open_saved(path, split)
     else:
-        opened, has_one_split = _open_named(name, config_name, split), False
-    column, notes = choose_text_column(_column_types(opened), text_column)
+        opened, has_one_split = open_named(name, config_name, split), False
+    column, notes = choose_text_column(column_types(opened), text_column)
     wanted = 0 if has_one_split else max_samples
     texts, dropped = clean_documents(_values(opened, column), column, wanted)
     notes += [dropped] if dropped else []

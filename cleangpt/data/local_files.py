@@ -8,8 +8,7 @@ import csv
 import importlib
 import io
 import json
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,20 +37,54 @@ def _read_text(path: Path) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _parts(text: str, limit: int) -> Iterable[str]:
-    """Cut at blank lines; a part beyond ``limit`` at line ends, and then before spaces."""
-    for paragraph in re.split(r"(?<=\n)(?=[ \t]*\n)", text):
-        if len(paragraph) <= limit:
-            yield paragraph
-            continue
-        for line in paragraph.splitlines(keepends=True):
-            start = 0
-            while len(line) - start > limit:
-                cut = line.rfind(" ", start + 1, start + limit)
-                end = cut if cut > start else start + limit
-                yield line[start:end]
-                start = end
-            yield line[start:]
+def _pieces(line: str, limit: int) -> Iterator[str]:
+    """Cut a line before spaces, where it is too long."""
+    start = 0
+    while len(line) - start > limit:
+        cut = line.rfind(" ", start + 1, start + limit)
+        end = cut if cut > start else start + limit
+        yield line[start:end]
+        start = end
+    yield line[start:]
+
+
+def _parts(lines: Iterable[str], limit: int) -> Iterator[str]:
+    """Whole paragraphs up to ``limit`` characters; of a longer one the lines, and their pieces."""
+    held: list[str] = []
+    size = 0  # of the paragraph so far; its lines are held back until it is known to be long
+    for line in lines:
+        if size and line.strip(" \t") == "\n":
+            yield "".join(held)
+            held, size = [], 0
+        held.append(line)
+        size += len(line)
+        if size > limit:
+            for each in held:
+                yield from _pieces(each, limit)
+            held = []
+    yield "".join(held)
+
+
+def cut_lines(lines: Iterable[str], target: int) -> Iterator[str]:
+    """Yield documents of about ``target`` characters from lines with their ends, nothing lost.
+
+    Holds no more than a document and a paragraph at a time.
+    """
+    current: list[str] = []
+    size = 0
+    for part in _parts(lines, 2 * target):
+        current.append(part)
+        size += len(part)
+        if size >= target:
+            yield "".join(current)
+            current, size = [], 0
+    if size:
+        yield "".join(current)
+
+
+def document_size(characters: int) -> int:
+    """The characters per document that a text of so many is cut into."""
+    return max(_SMALLEST_DOCUMENT, min(_DOCUMENT_CHARACTERS, characters // _DOCUMENTS_WANTED))
 
 
 def cut_into_documents(text: str) -> list[str]:
@@ -61,19 +94,7 @@ def cut_into_documents(text: str) -> list[str]:
     gives shorter documents, so that about forty remain to be split, but never less than about 200
     characters each.
     """
-    target = max(_SMALLEST_DOCUMENT, min(_DOCUMENT_CHARACTERS, len(text) // _DOCUMENTS_WANTED))
-    documents: list[str] = []
-    current: list[str] = []
-    size = 0
-    for part in _parts(text, 2 * target):
-        current.append(part)
-        size += len(part)
-        if size >= target:
-            documents.append("".join(current))
-            current, size = [], 0
-    if current:
-        documents.append("".join(current))
-    return documents
+    return list(cut_lines(io.StringIO(text, newline="\n"), document_size(len(text))))
 
 
 def _rows_to_table(rows: Iterable[dict[str, Any]]) -> Table:

@@ -121,6 +121,22 @@ def _mend(text: str) -> str:
     return text
 
 
+def clean_document(value: Any, row: int, column: str) -> str | None:
+    """Return a document fit for a tokenizer; None if it is null or blank.
+
+    Raises:
+        InputError: If the value is neither text nor null.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise InputError(
+            f"row {row} of column {column!r} is {type(value).__name__} {value!r}, not text.",
+            "Mend or drop that row, or choose another column with --dataset_text_column.",
+        )
+    return _mend(value) if value.strip() else None
+
+
 def clean_documents(values: Iterable[Any], column: str, max_samples: int) -> tuple[list[str], str]:
     """Return the first ``max_samples`` documents (0 = all), and a note on what was dropped.
 
@@ -130,19 +146,15 @@ def clean_documents(values: Iterable[Any], column: str, max_samples: int) -> tup
     texts: list[str] = []
     nulls = blanks = 0
     for row, value in enumerate(values):
-        if value is None:
-            nulls += 1
-        elif not isinstance(value, str):
-            raise InputError(
-                f"row {row} of column {column!r} is {type(value).__name__} {value!r}, not text.",
-                "Mend or drop that row, or choose another column with --dataset_text_column.",
-            )
-        elif not value.strip():
-            blanks += 1
-        else:
-            texts.append(_mend(value))
+        text = clean_document(value, row, column)
+        if text is not None:
+            texts.append(text)
             if len(texts) == max_samples:
                 break
+        elif value is None:
+            nulls += 1
+        else:
+            blanks += 1
     dropped = f"dropped {nulls} null and {blanks} blank documents" if nulls or blanks else ""
     return texts, dropped
 
@@ -162,6 +174,16 @@ def cut_splits(texts: Sequence[str]) -> dict[str, list[str]]:
         split = "validation" if key in validation else "test" if key in test else "train"
         splits[split].append(text)
     return splits
+
+
+def split_of_document(text: str) -> str:
+    """Return the split of one document among those of a source that has none, as a stream cuts it.
+
+    By the document's hash alone, with the shares of ``cut_splits``, which knows all documents and
+    so meets the shares exactly: near the borders the two may differ.
+    """
+    rank = int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big") / 2**64
+    return SPLITS[1 + int(rank / _HELD_OUT_FRACTION)] if rank < 2 * _HELD_OUT_FRACTION else "train"
 
 
 def hold_out(
@@ -227,8 +249,8 @@ def no_such_split(name: str, split: str, known: Iterable[str]) -> InputError:
     )
 
 
-def _local_files(path: Path, split: str) -> tuple[list[Path], bool, list[str]]:
-    """Return the files to read, whether they still have to be cut, and notes."""
+def files_of_split(path: Path, split: str) -> tuple[list[Path], bool, list[str]]:
+    """Return the files of a path to read, whether they still have to be cut, and notes."""
     if path.is_file():
         if path.suffix.lower() not in SUFFIXES:
             raise InputError(
@@ -254,10 +276,10 @@ def _load_local(
 ) -> tuple[list[str], str, list[str]]:
     if split not in SPLITS:
         raise no_such_split(str(path), split, SPLITS)
-    files, has_one_split, notes = _local_files(path, split)
+    files, has_one_split, notes = files_of_split(path, split)
     table = read_tables(files)
     if not any(table.values()):
-        raise _no_rows(str(path), split)
+        raise no_rows(str(path), split)
     types = {name: type_name(values) for name, values in table.items()}
     column, said = choose_text_column(types, text_column)
     texts, dropped = clean_documents(table[column], column, 0 if has_one_split else max_samples)
@@ -267,7 +289,8 @@ def _load_local(
     return texts, column, notes
 
 
-def _no_rows(name: str, split: str) -> InputError:
+def no_rows(name: str, split: str) -> InputError:
+    """Return the error for data without a document."""
     return InputError(
         f"data set {name!r}, split {split!r}, has no rows with text.",
         f"Check the file, the split (--dataset_split) and the column (--dataset_text_column), or "
@@ -289,7 +312,7 @@ def _load_builtin(
     return texts[: max_samples or None], column, notes
 
 
-def _local_configuration(
+def local_configuration(
     name: str, path: Path | None, config_name: str
 ) -> tuple[Path | None, list[str]]:
     """The folder inside a local folder that a configuration means, or the folder itself.
@@ -309,6 +332,11 @@ def _local_configuration(
     return path, [f"{name} has no folder {config_name!r}; using the whole folder"]
 
 
+def is_saved_dataset(path: Path) -> bool:
+    """Whether ``save_to_disk`` wrote this folder."""
+    return any((path / each).is_file() for each in ("dataset_dict.json", "state.json"))
+
+
 def load_texts(
     name: str,
     *,
@@ -316,6 +344,7 @@ def load_texts(
     split: str = "train",
     text_column: str | None = None,
     max_samples: int = 0,
+    streaming: bool = False,
 ) -> TextSource:
     """Return the documents of one split of a data set.
 
@@ -331,6 +360,7 @@ def load_texts(
         split: ``train``, ``validation`` or ``test``, or what the ``datasets`` name offers.
         text_column: The column of documents; None takes ``text``, or the only column of strings.
         max_samples: Use the first so many documents; 0 takes all.
+        streaming: Read no further than that, as ``streams`` cuts and splits documents.
 
     Raises:
         UsageError: If ``max_samples`` is negative or ``config_name`` cannot act.
@@ -339,13 +369,16 @@ def load_texts(
     """
     if max_samples < 0:
         raise UsageError(f"max_samples is {max_samples}.", "Set --max_samples to 0 (all) or more.")
+    if streaming:
+        from cleangpt.data.streams import first_texts, open_stream
+
+        own = {"config_name": config_name, "split": split, "text_column": text_column}
+        return first_texts(open_stream(name, **own), max_samples)
     path = None if name == "builtin" else local_path(name, flag=_FLAG, suffixes=SUFFIXES)
     said: list[str] = []
     if config_name is not None and (name == "builtin" or path is not None):
-        path, said = _local_configuration(name, path, config_name)
-    is_saved = path is not None and any(
-        (path / each).is_file() for each in ("dataset_dict.json", "state.json")
-    )
+        path, said = local_configuration(name, path, config_name)
+    is_saved = path is not None and is_saved_dataset(path)
     if name == "builtin":
         texts, column, notes = _load_builtin(split, text_column, max_samples)
     elif path is not None and not is_saved:
@@ -355,5 +388,5 @@ def load_texts(
 
         texts, column, notes = load_named(name, path, config_name, split, text_column, max_samples)
     if not texts:
-        raise _no_rows(name, split)
+        raise no_rows(name, split)
     return TextSource(texts, name, split, column, texts_fingerprint(texts), (*said, *notes))

@@ -10,10 +10,10 @@ next, and ``token_cache`` for how a stream is kept on disk.
 import hashlib
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ from cleangpt.data.token_cache import TokenStream, cached_stream
 from cleangpt.errors import InputError, UsageError
 
 logger = logging.getLogger(__name__)
+
+TokenIds: TypeAlias = "np.ndarray[tuple[int, ...], np.dtype[np.int64]]"
 
 # A fast tokenizer spreads the texts of one call over all cores (RAYON_NUM_THREADS limits them), so
 # a call holds many; its per-token records are an order of magnitude larger than the text, so not
@@ -43,7 +45,12 @@ _BETWEEN_WORDS = re.compile(r"(?<=\S) (?=\S)")
 _LONGEST_LOOK_BACK = 1_000
 
 
-def _check_block_size(block_size: int) -> None:
+def check_block_size(block_size: int) -> None:
+    """Refuse windows without a token.
+
+    Raises:
+        UsageError: If ``block_size`` is not positive.
+    """
     if block_size < 1:
         raise UsageError(
             f"block_size is {block_size}; a window holds at least one token.",
@@ -69,7 +76,7 @@ def _pieces(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _batches_of_pieces(texts: Sequence[str]) -> Iterator[list[tuple[int, str]]]:
+def _batches_of_pieces(texts: Iterable[str]) -> Iterator[list[tuple[int, str]]]:
     """Group (document index, piece) pairs, by number and by total length."""
     group: list[tuple[int, str]] = []
     size = 0
@@ -84,10 +91,23 @@ def _batches_of_pieces(texts: Sequence[str]) -> Iterator[list[tuple[int, str]]]:
         yield group
 
 
-def _leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that the tokenizer itself puts before a text: the bos of Llama and Gemma, or none."""
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and bos in tokenizer("").input_ids[:1] else []
+class Separators(NamedTuple):
+    """Tokens around documents.
+
+    Args:
+        leading: What the tokenizer itself puts before a text: the bos of Llama and Gemma, or none.
+        closing: What stands between two documents: eos, or nothing without one.
+    """
+
+    leading: list[int]
+    closing: list[int]
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "Separators":
+        """Those of a tokenizer."""
+        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        adds_bos = bos is not None and bos in tokenizer("").input_ids[:1]
+        return cls([bos] if adds_bos else [], [] if eos is None else [int(eos)])
 
 
 def pack_documents(
@@ -107,29 +127,47 @@ def pack_documents(
         cache_dir: A folder where the stream of a long text is kept, and taken from the next time.
             None keeps nothing.
     """
-    leading = _leading_ids(tokenizer)
-    eos = tokenizer.eos_token_id
-    closing = [] if eos is None else [int(eos)]
     if cache_dir is None:
-        return _tokenize(texts, tokenizer, leading, closing)
+        return _tokenize(texts, tokenizer)
+    leading, closing = Separators.of(tokenizer)
     return cached_stream(
         Path(cache_dir),
         texts,
         tokenizer,
         {"packing": _PACKING_VERSION, "leading": leading, "closing": closing},
-        lambda: _tokenize(texts, tokenizer, leading, closing),
+        lambda: _tokenize(texts, tokenizer),
     )
 
 
-def _tokenize(
-    texts: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    leading: list[int],
-    closing: list[int],
-) -> TokenStream:
-    chunks: list[np.ndarray[Any, Any]] = []
+def _tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> TokenStream:
+    chunks: list[TokenIds] = []
     starts: list[int] = []
     length = 0
+    closing = Separators.of(tokenizer).closing
+    last_document = -1
+    for document, ids in token_chunks(texts, tokenizer, is_first=True):
+        if document != last_document:
+            starts.append(length + (len(closing) if starts else 0))
+            last_document = document
+        chunks.append(ids)
+        length += len(ids)
+    stream = np.concatenate(chunks) if chunks else np.empty(0, dtype=np.int64)
+    return TokenStream(torch.from_numpy(stream), torch.tensor(starts, dtype=torch.int64))
+
+
+def token_chunks(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, is_first: bool
+) -> Iterator[tuple[int, TokenIds]]:
+    """Yield tokens, int64, with the index of the document they are of; end to end, the packed ones.
+
+    Takes documents as it needs them: some thousands, or some millions of characters, ahead.
+
+    Args:
+        texts: Documents. Those without a token give no chunk, huge ones several.
+        tokenizer: Any HuggingFace tokenizer.
+        is_first: Whether nothing stands before the first document that would have to be closed.
+    """
+    leading, closing = Separators.of(tokenizer)
     last_document = -1
     for group in _batches_of_pieces(texts):
         # verbose=False silences "sequence longer than the maximum": windows are cut afterwards.
@@ -143,14 +181,9 @@ def _tokenize(
             if not ids:
                 continue
             if document != last_document:
-                before = closing if starts else []
-                starts.append(length + len(before))
-                ids = [*before, *leading, *ids]
-                last_document = document
-            chunks.append(np.asarray(ids, dtype=np.int64))
-            length += len(ids)
-    stream = np.concatenate(chunks) if chunks else np.empty(0, dtype=np.int64)
-    return TokenStream(torch.from_numpy(stream), torch.tensor(starts, dtype=torch.int64))
+                ids = [*([] if is_first else closing), *leading, *ids]
+                last_document, is_first = document, False
+            yield document, np.asarray(ids, dtype=np.int64)
 
 
 def _edges(stream: TokenStream, block_size: int, packed: bool) -> Int[Tensor, " edges"]:
@@ -199,7 +232,7 @@ class TextDataset(Dataset[dict[str, Tensor]]):
         packed: bool = True,
         cache_dir: str | Path | None = None,
     ) -> None:
-        _check_block_size(block_size)
+        check_block_size(block_size)
         if isinstance(texts, str):
             raise InputError(
                 "texts is one string; its characters would become the documents.",
@@ -279,7 +312,7 @@ class DistillationDataCollator:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, block_size: int) -> None:
-        _check_block_size(block_size)
+        check_block_size(block_size)
         self.block_size = block_size
         # Only the id is kept, so worker processes do not carry (or warn about) the tokenizer.
         self.padding_id = _padding_id(tokenizer)

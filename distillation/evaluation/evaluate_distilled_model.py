@@ -62,6 +62,7 @@ def main(argv: list[str] | None = None) -> None:
         split=arguments.dataset_split,
         text_column=arguments.dataset_text_column,
         max_samples=arguments.max_samples,
+        streaming=arguments.streaming,
     )
 
     from cleangpt.runtime.device import default_device, resolve_device
@@ -198,6 +199,12 @@ def build_parser() -> CommandParser:
         type=non_negative_int,
         default=0,
         help="use the first so many documents (default: 0, all)",
+    )
+    add(
+        "--streaming",
+        action="store_true",
+        help="read no more than --max_samples, which must be given, for data that do not fit; as"
+        " in a training with --streaming (default: off)",
     )
     add("--output_dir", help="where the report goes (default: evaluation/ beside the model)")
     add("--device", choices=("cpu", "cuda", "mps"), help="default: the fastest there is")

@@ -377,7 +377,7 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
         """Write the picture of this epoch, if pictures were asked for."""
         wanted = self.config.hidden_state_pictures and self.ranks.is_main
         if wanted and isinstance(stage, BlockStage):
-            batch = next(iter(self.batches(0)))
+            batch = next(iter(self.batches(0, self.current_pass)))
             with torch.no_grad(), preserved_modes(self.student_model):
                 self.student_model.eval()
                 student, teacher = stage.states(batch)

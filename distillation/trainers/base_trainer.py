@@ -31,6 +31,7 @@ from distillation.batch import Batch, as_batch
 from distillation.cache_plan import positions_in
 from distillation.config import DistillationConfig, StageSettings
 from distillation.journal import Journal
+from distillation.passes import enter_pass, passes_of
 from distillation.preflight import check_batch, check_structure, check_vocabulary
 from distillation.stages import Stage
 from distillation.trainers.stage_group import StageGroup
@@ -83,6 +84,7 @@ class BaseDistillationTrainer:
         self.device = torch.device(device)
         self.ranks = join(self.device)
         self.shares = RowShares(self.ranks)
+        self.current_pass = 0
         self.run = run
         self.optimizer_cls = optimizer_cls
         self.config = config
@@ -161,15 +163,34 @@ class BaseDistillationTrainer:
         ):
             yield
 
-    def batches(self, epoch: int) -> Iterator[Batch]:
+    def enter_pass(self, number: int) -> bool:
+        """Go to a pass over the data, counted from where the stage begins; see ``passes.py``.
+
+        Returns:
+            Whether the windows are others than before: what was kept of those is forgotten then.
+        """
+        self.current_pass = number
+        index = (number - self.journal.stages_trained) % passes_of(self.train_dataloader)
+        is_other = enter_pass(self.train_dataloader, index, self.run)
+        if is_other:
+            self.activations.forget()
+            self.shares = RowShares(self.ranks)
+        return is_other
+
+    def batches(self, epoch: int, pass_number: int = 0) -> Iterator[Batch]:
         """The batches of one epoch, on the training device.
 
         A loader that shuffles by PyTorch's global generator gives them in the same order whenever
         it is asked again, whatever was drawn before.
 
+        Args:
+            epoch: Decides their order.
+            pass_number: Which of the stage's passes over data that come in several.
+
         Raises:
             InputError: If the loader is empty, or a batch does not fit the models.
         """
+        self.enter_pass(pass_number)
         seed_generators(derived_seed(self.config.seed, f"epoch {epoch}"), self.device)
         loader: Any = self.train_dataloader
         owners: list[Any] = [loader, getattr(loader, "sampler", None)]
@@ -255,7 +276,7 @@ class BaseDistillationTrainer:
         return row
 
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of one pass over the data.
+        """Optimizer steps of one epoch of one pass over the data.
 
         Raises:
             UsageError: If the loader has no length.

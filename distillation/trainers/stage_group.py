@@ -17,6 +17,7 @@ from distillation.activations import rows_of
 from distillation.batch import Batch
 from distillation.config import StageSettings
 from distillation.journal import Place
+from distillation.passes import passes_of
 from distillation.preflight import check_same_batches
 from distillation.stages import Stage
 from distillation.trainers.stage_loop import (
@@ -54,7 +55,9 @@ class StageGroup:
         self.name = name
         self.stages = stages
         self._only_train()
-        steps = trainer.steps_per_epoch()
+        self.epochs = max(own.epochs for own in settings)
+        self.rounds = self.epochs * passes_of(trainer.train_dataloader)
+        steps = trainer.steps_per_epoch() * passes_of(trainer.train_dataloader)
         self.loops = [
             StageLoop(
                 stage,
@@ -88,10 +91,8 @@ class StageGroup:
                 if place is None:
                     self._validate([loop for loop in loops if loop.settings.epochs])
                     place = Place(0, 0)
-                epochs = max(loop.settings.epochs for loop in loops)
-                for epoch in range(place.epoch, epochs):
-                    if not self._train_epoch(epoch, place.steps if epoch == place.epoch else 0):
-                        break
+                for epoch in range(place.epoch, self.rounds):
+                    self._train_epoch(epoch, place.steps if epoch == place.epoch else 0)
         finally:
             trainer.progress.end_stage()
             for loop in loops:  # a finished stage's gradients would stay for the whole run
@@ -104,22 +105,25 @@ class StageGroup:
             raise AssertionError(f"{self.name} changed tensors it does not train.")
         return [loop.result for loop in loops]
 
-    def _train_epoch(self, epoch: int, done: int) -> bool:
-        """Train the stages that are not done yet; return whether there were any.
+    def _train_epoch(self, epoch: int, done: int) -> None:
+        """Train the stages that are not done yet, if there are any.
 
         Args:
-            epoch: Which one.
+            epoch: Which one, of all passes.
             done: Steps of it that were taken before the run stopped.
         """
         trainer = self.trainer
-        loops = [
-            loop for loop in self.loops if epoch < loop.settings.epochs and not loop.has_stopped
-        ]
+        number, own = divmod(epoch, self.epochs)
+        loops = [loop for loop in self.loops if own < loop.settings.epochs and not loop.has_stopped]
         if not loops:
-            return False
+            return
+        if trainer.enter_pass(number):
+            for stage in self.stages:
+                stage.forget_states()
         self._start_epoch(loops, anew=not done)
         size = trainer.config.gradient_accumulation_steps
-        for index, micro_batches in enumerate(grouped(trainer.batches(epoch), size)):
+        batches = trainer.batches(epoch, number)
+        for index, micro_batches in enumerate(grouped(batches, size)):
             if index == 0:
                 check_same_batches(trainer.ranks, micro_batches[0])
             shares = [self._share(batch) for batch in micro_batches]
@@ -135,7 +139,6 @@ class StageGroup:
             loop.end_epoch(trainer.run, epoch)
             trainer.after_epoch(loop.stage, epoch)
         self._validate(loops)
-        return True
 
     def _start_epoch(self, loops: list[StageLoop], *, anew: bool) -> None:
         for loop in self.loops:

@@ -106,7 +106,7 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch, outcome: Any) -> None:
 
     from cleangpt.data import hub_texts
 
-    def load_dataset(name: str, config_name: str | None, split: str) -> Any:
+    def load_dataset(name: str, config_name: str | None, split: str, streaming: bool) -> Any:
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
