@@ -156,7 +156,9 @@ def prepare(arguments: argparse.Namespace) -> "tuple[DistillationTrainer, nn.Mod
         student = build_student(arguments, teacher, get_model_class)
     loader = build_dataloader(arguments, source, teacher, student)
     held_out = None
-    if arguments.validation_tokens and not arguments.plan:
+    if arguments.plan:
+        arguments.early_stop_patience = 0  # it would ask for held-out text, which is not read here
+    elif arguments.validation_tokens:
         held_out = validation_dataloader(arguments, teacher)
     return build_trainer(arguments, teacher, student, loader, held_out, device), student
 

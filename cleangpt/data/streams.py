@@ -166,7 +166,7 @@ class TextStream:
             InputError: If a file is damaged, or a row is neither text nor null.
             EnvironmentProblem: If a data set on the hub cannot be read on.
         """
-        first = Place() if place is None else Place(*place)
+        first = place or Place()
         for index in range(first.part, len(self.parts)):
             start = first if index == first.part else Place(index)
             for found, value in self.parts[index].items(self.text_column, start):
@@ -214,7 +214,7 @@ def open_stream(
     if split not in SPLITS:
         raise no_such_split(name, split, SPLITS)
     files, is_cut, said = files_of_split(path, split)
-    parts = tuple(_file(file) for file in files)
+    parts = tuple(_file(file) for file in files if file.stat().st_size)
     column, chosen = _column(name, split, parts, text_column)
     if is_cut:
         said.append(f"{name} has no splits of its own; each document's hash says which it is in")
@@ -270,7 +270,7 @@ def _file(path: Path) -> _Part:
     size = path.stat().st_size
     # As many characters where all are ASCII; the size of a document is no more exact than that.
     per_document = document_size(size) if path.suffix.lower() == ".txt" else 0
-    return _Part(str(path), max(1, size), partial(_open_file, path), per_document)
+    return _Part(str(path), size, partial(_open_file, path), per_document)
 
 
 def _open_file(path: Path) -> Any:
