@@ -49,6 +49,7 @@ def _collected() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_collected")
+@pytest.mark.filterwarnings("ignore:unclosed file", "ignore:Exception ignored in")
 @pytest.mark.parametrize("suffix", WRITERS)
 def test_a_stream_has_the_documents_of_a_data_set_read_at_once(suffix: str, tmp_path: Path) -> None:
     for part, texts in enumerate((MANY[:1100], ["  ", *MANY[1100:]])):
@@ -133,6 +134,7 @@ def test_only_as_much_as_is_asked_for_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_collected")
+@pytest.mark.filterwarnings("ignore:unclosed file", "ignore:Exception ignored in")
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
