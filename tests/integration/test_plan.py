@@ -90,6 +90,23 @@ def test_a_polish_steps_through_everything() -> None:
     assert alone.seconds[0] == pytest.approx(9 * (3 + 3 * step))
 
 
+def test_each_further_pass_starts_from_the_tokens() -> None:
+    first, second, head = planned(dataclasses.replace(WORK, passes=3)).stages
+    assert first.seconds == (
+        pytest.approx(9 * 3 * (1 + 2 * 5)),
+        pytest.approx(9 * 3 * (2 * 1 + 2 * 5)),
+    )
+    # Block 1 finds the states of one pass, and runs all blocks up to it once in the two others.
+    kept = (2 + 0.1 + 3 * 2) + 2 * (3 + 0.1 + 3 * 2)
+    assert second.seconds == (pytest.approx(9 * kept), pytest.approx(9 * 3 * 3 * (3 + 0.1 + 2)))
+    assert head.seconds[0] == pytest.approx(9 * ((0.1 + 14) + 2 * (3 + 0.2 + 14)))
+    assert [stage.steps for stage in (first, second, head)] == [54, 81, 54]
+    polish = planned(dataclasses.replace(WORK, polish_epochs=2, passes=3)).stages[-1]
+    assert polish.seconds[0] == pytest.approx(9 * (3 * 2 * 14 + 2 * 3))
+    together = dataclasses.replace(WORK, schedule="parallel_local", passes=3)
+    assert planned(together).stages[0].seconds[0] == pytest.approx(9 * 3 * 2 * (1 + 5))
+
+
 def test_room_for_half_the_states_takes_the_time_between() -> None:
     half = planned(cache=CachePlan("ram", 5 * 10**5, "half"))
     none = planned(cache=CachePlan("off", 0, "off"))

@@ -167,6 +167,16 @@ def test_two_processes_train_on_a_stream_what_one_trains(place: Path) -> None:
     assert len(indices[0]) > 1
 
 
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_corpus() -> None:
+    from benchmarks.streaming import measure_streaming
+
+    rows = measure_streaming([2, 12], ("stream", "memory")).rows
+    above = {(row[0], row[1]): float(str(row[5])) for row in rows}
+    assert above["stream", 12] - above["stream", 2] < 10
+    assert above["memory", 12] - above["memory", 2] > 30
+
+
 # The command --------------------------------------------------------------------------------------
 
 
