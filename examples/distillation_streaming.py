@@ -109,9 +109,11 @@ def pass_tokens(arguments: argparse.Namespace, teacher: "Teacher", student: "nn.
     teaches_all = arguments.schedule == "parallel_local" or (
         arguments.polish_epochs > 0 and arguments.polish_hidden_weight > 0
     )
+    widths = state_widths(teacher.model, student)
     fit = tokens_that_fit(
         int(limit * 1e9),
-        *state_widths(teacher.model, student),
+        widths[0],
+        widths[1],
         arguments.activation_dtype,
         BlockStack(student).num_blocks * teaches_all,
     )

@@ -128,7 +128,7 @@ class StreamedWindows(Dataset[dict[str, Tensor]]):
     Attributes:
         passes: How many passes there are, all of as many windows.
         num_tokens: Tokens of one pass.
-        entered: The pass whose windows these are.
+        entered: The pass whose windows these are; None if reading one was broken off.
         fingerprint: SHA-256 (hex) of what the stream is and of the tokens of its first pass.
 
     Raises:
@@ -163,7 +163,7 @@ class StreamedWindows(Dataset[dict[str, Tensor]]):
         self._starts: dict[int, Mark] = {}
         self._checksums: dict[int, str] = {}
         self._warned = False
-        self.entered = 0
+        self.entered: int | None = 0
         self._read_first(tokens)
         about = [stream.identity, block_size, len(self), self.passes]
         digest = hashlib.sha256(json.dumps(about).encode())
@@ -200,7 +200,7 @@ class StreamedWindows(Dataset[dict[str, Tensor]]):
         """
         if index == self.entered:
             return
-        if index == self.entered + 1 and self._read(index):
+        if self.entered is not None and index == self.entered + 1 and self._read(index):
             return
         known = max(each for each in self._starts if each <= index)
         if known and self._read_to(index, known):
@@ -246,7 +246,7 @@ class StreamedWindows(Dataset[dict[str, Tensor]]):
                 "%s ends after %s tokens: %d windows are all there is",
                 *(self.stream.name, f"{found:,}", len(self)),
             )
-        self._checksums[0] = xxhash.xxh3_128_hexdigest(self._tokens)
+        self._checksums[0] = _checksum(self._tokens)
 
     def _read_to(self, index: int, start: int) -> bool:
         """Read on from where pass ``start`` begins; return whether all is as it was."""
@@ -260,7 +260,7 @@ class StreamedWindows(Dataset[dict[str, Tensor]]):
 
     def _read(self, index: int) -> bool:
         """Read the pass that follows the one before; return whether it is as it was."""
-        self.entered = -1
+        self.entered = None
         self._starts[index] = self._reader.mark
         done = self._reader.fill(self._tokens)
         while done < len(self._tokens):
@@ -275,6 +275,12 @@ class StreamedWindows(Dataset[dict[str, Tensor]]):
             if not more:
                 return False
             done += more
-        self.entered = index
-        found = xxhash.xxh3_128_hexdigest(self._tokens)
-        return self._checksums.setdefault(index, found) == found
+        found = _checksum(self._tokens)
+        if self._checksums.setdefault(index, found) == found:
+            self.entered = index
+        return self.entered == index
+
+
+def _checksum(tokens: Any) -> str:
+    """XXH3-128 of an array's numbers."""
+    return str(xxhash.xxh3_128_hexdigest(tokens))

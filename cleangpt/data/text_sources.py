@@ -372,8 +372,8 @@ def load_texts(
     if streaming:
         from cleangpt.data.streams import first_texts, open_stream
 
-        own = {"config_name": config_name, "split": split, "text_column": text_column}
-        return first_texts(open_stream(name, **own), max_samples)
+        stream = open_stream(name, config_name=config_name, split=split, text_column=text_column)
+        return first_texts(stream, max_samples)
     path = None if name == "builtin" else local_path(name, flag=_FLAG, suffixes=SUFFIXES)
     said: list[str] = []
     if config_name is not None and (name == "builtin" or path is not None):
