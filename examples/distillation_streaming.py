@@ -109,13 +109,12 @@ def pass_tokens(arguments: argparse.Namespace, teacher: "Teacher", student: "nn.
     teaches_all = arguments.schedule == "parallel_local" or (
         arguments.polish_epochs > 0 and arguments.polish_hidden_weight > 0
     )
-    widths = state_widths(teacher.model, student)
+    teaching = min(BlockStack(model).num_blocks for model in (teacher.model, student))
     fit = tokens_that_fit(
         int(limit * 1e9),
-        widths[0],
-        widths[1],
+        small_widths(teacher.model, student, arguments.block_inputs),
         arguments.activation_dtype,
-        BlockStack(student).num_blocks * teaches_all,
+        teaching * teaches_all,
     )
     room, batch = fit - arguments.validation_tokens, arguments.batch_size * arguments.block_size
     if room < batch:
