@@ -25,12 +25,13 @@ from torch import Tensor
 from cleangpt.errors import CheckpointError, EnvironmentProblem
 from cleangpt.integrity import file_digest, parse_json_object
 from cleangpt.run_directory import disk_errors_explained, follow_umask_and_sync, sync_folder
+from cleangpt.runtime.faultpoints import faultpoint
 
 logger = logging.getLogger(__name__)
 
 KEPT = 2
 """Verified checkpoints that stay; a damaged newest one then still leaves another."""
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _NAME = re.compile(r"step-(\d{8})-([0-9a-f]{8})")
 _FILES = ("tensors.safetensors", "state.json")
 
@@ -77,8 +78,11 @@ class Checkpoints:
         try:
             with disk_errors_explained(self.folder):
                 temporary.mkdir(parents=True)
+                faultpoint("checkpoint.begun")
                 self._fill(temporary, checkpoint)
+                faultpoint("checkpoint.before_rename")
                 temporary.replace(target)
+                faultpoint("checkpoint.renamed")
                 sync_folder(self.folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -88,8 +92,10 @@ class Checkpoints:
                 f"{target} does not hold what was just written: {problem}.",
                 "The disk may be failing; choose an output_dir on another one.",
             )
+        faultpoint("checkpoint.verified")
         for old in self._own()[KEPT:]:
             shutil.rmtree(old, ignore_errors=True)
+        faultpoint("checkpoint.pruned")
         return target
 
     def newest(self) -> Checkpoint | None:
@@ -141,7 +147,9 @@ class Checkpoints:
                 f"Cannot write a checkpoint in {self.folder}: {error}",
                 "Free some space, or choose an output_dir on another disk.",
             ) from error
+        faultpoint("checkpoint.tensors_written")
         (folder / _FILES[1]).write_text(json.dumps(checkpoint.state), encoding="utf-8")
+        faultpoint("checkpoint.state_written")
         manifest = {
             "format_version": FORMAT_VERSION,
             "run_id": self.run_id,

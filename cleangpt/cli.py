@@ -27,6 +27,12 @@ _OUR_LOGGERS = ("cleangpt", "distillation", "model", "examples", "benchmarks", "
 _OUT_OF_MEMORY_WORDS = ("out of memory", "not enough memory", "can't allocate", "cannot allocate")
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
+_LOST_PROCESSES = {
+    "dataloader worker": "Memory may have run out: lower --num_workers, and go on with --resume.",
+    "gloo/transport": "Another process of this run has died; see what it says, and start all of"
+    " them again with --resume.",
+}
+"""By words of PyTorch's errors about processes that are no more, what to do."""
 
 
 # Types of flags -----------------------------------------------------------------------------------
@@ -215,6 +221,9 @@ def _describe(error: BaseException) -> tuple[int, str, str]:
             f"memory ran out: {text or 'the host could not allocate'}",
             "Lower --batch_size or --block_size, or choose a smaller student.",
         )
+    for words, remedy in _LOST_PROCESSES.items():
+        if isinstance(error, RuntimeError) and words in lowered:
+            return EnvironmentProblem.exit_code, text, remedy
     number = error.errno if isinstance(error, OSError) else None
     if number in _NO_SPACE or "no space left on device" in lowered:
         return (

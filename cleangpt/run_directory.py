@@ -22,13 +22,9 @@ from cleangpt.errors import EnvironmentProblem, Stopped, UsageError
 from cleangpt.integrity import file_digest, parse_json_object, sealed, write_sums
 from cleangpt.manifest import FORMAT_VERSION, MANIFEST_NAME, check_same_run, read_manifest
 from cleangpt.metrics_log import MetricsLog, without_nonfinite
+from cleangpt.run_lock import locked
+from cleangpt.runtime.faultpoints import faultpoint
 from cleangpt.runtime.launcher import launched
-
-fcntl: Any
-try:
-    import fcntl
-except ImportError:  # Windows has no flock; there the lock is left out.
-    fcntl = None
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +87,9 @@ class RunDirectory:
             yield self
             return
         earlier = self.manifest() if resume else None
+        if earlier is not None and earlier.get("status") == "overwritten":
+            # An overwrite was cut off: what it left is no run to go on with.
+            earlier, overwrite, resume = None, True, False
         if earlier is not None:
             check_same_run(earlier, about, self.path)
             self.run_id = str(earlier["run_id"])
@@ -100,7 +99,8 @@ class RunDirectory:
             return
         self.check_room(overwrite, resume)
         self._make()
-        with self._locked():
+        with locked(self.path):
+            self._sweep()
             if earlier is None:
                 self._make_room(overwrite)
             else:
@@ -118,6 +118,7 @@ class RunDirectory:
                 yield self
                 self._manifest.update(status="done", files=self._sums())
                 self.write_manifest()
+                faultpoint("run.done")
             except BaseException as error:
                 status = "stopped" if isinstance(error, Stopped) else "failed"
                 self._manifest.update(status=status, reason=f"{type(error).__name__}: {error}")
@@ -127,6 +128,12 @@ class RunDirectory:
                 raise
             finally:
                 self._manifest = {}
+
+    def _sweep(self) -> None:
+        """Delete what writes that were cut off have left under temporary names."""
+        for name in (*RUN_FILES, "probe"):
+            for stale in self.path.glob(f".{name}.*.tmp"):
+                _delete(stale)
 
     def _take_up(self) -> None:
         """Make ready to go on with the run that is there, now that it is locked."""
@@ -197,9 +204,12 @@ class RunDirectory:
                 for file in temporary.rglob("*"):
                     if file.is_file():
                         follow_umask_and_sync(file)
+                faultpoint("folder.before_swap")
                 if target.exists():
                     shutil.rmtree(target)
+                faultpoint("folder.removed")
                 temporary.replace(target)
+                faultpoint("folder.renamed")
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         return target
@@ -265,31 +275,20 @@ class RunDirectory:
             return False
 
     def _make_room(self, overwrite: bool) -> None:
-        for name in self.check_room(overwrite):
-            path = self.path / name
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+        found = self.check_room(overwrite)
+        if "manifest.json" in found:
+            # Cut off between two files, it must still be known as ours, and as no run any more.
+            self.write_json("manifest.json", {**(self.manifest() or {}), "status": "overwritten"})
+        for name in sorted(found, key="manifest.json".__eq__):
+            _delete(self.path / name)
+            faultpoint("file.deleted")
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        if fcntl is None:
-            yield
-            return
-        with (self.path / ".lock").open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                file.seek(0)
-                raise EnvironmentProblem(
-                    f"Another run holds {self.path} ({file.read().strip() or 'unknown process'}).",
-                    "Wait for it, stop it, or choose another output_dir.",
-                ) from error
-            file.truncate(0)
-            file.write(f"pid {os.getpid()} on {os.uname().nodename}")
-            file.flush()
-            yield
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> Path:
@@ -304,7 +303,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> Path:
         with disk_errors_explained(path):
             write(temporary)
             follow_umask_and_sync(temporary)
+            faultpoint("file.before_rename")
             temporary.replace(path)
+            faultpoint("file.renamed")
     finally:
         temporary.unlink(missing_ok=True)
     return path

@@ -24,6 +24,7 @@ import xxhash
 from torch import Tensor
 
 from cleangpt.blocks import BlockStack, HiddenStates, State
+from cleangpt.runtime.faultpoints import faultpoint
 from cleangpt.runtime.launcher import launched, on_this_machine
 from cleangpt.runtime.module_state import preserved_modes, tensors_checksum
 from distillation.batch import Batch
@@ -260,7 +261,9 @@ class _RollingStates:
             return state
         known = None if row is None or state is None else (row.level, state)
         state = self._computed(index, batch, known)
+        faultpoint("store.computed")
         self.store.write_batch(keys, index, state, batch)
+        faultpoint("store.kept")
         return state
 
     def _computed(self, index: int, batch: Batch, known: tuple[int, Tensor] | None) -> Tensor:

@@ -13,6 +13,7 @@ from cleangpt.checkpoints import Checkpoints, refuse_nonfinite
 from cleangpt.errors import CheckpointError, UsageError
 from cleangpt.manifest import check_listed, check_same_run
 from cleangpt.run_directory import RunDirectory
+from cleangpt.runtime.faultpoints import faultpoint
 from distillation.head_init import untie_lm_head
 from distillation.journal import check_same_settings
 from distillation.utils.checkpoint import load_checkpoint, load_strictly, save_checkpoint
@@ -52,8 +53,10 @@ def save_student(
         head_loss=results["head_loss"],
         polish_loss=results["polish_loss"],
     )
+    faultpoint("student.file_written")
     # Second: whatever a tokenizer or model of others does on saving, the weights are safe by then.
     run.write_folder("final", fill)
+    faultpoint("student.folder_written")
     stored = load_checkpoint(path)["model_state_dict"]
     state = student.state_dict()
     if any(not torch.equal(stored[name], tensor.cpu()) for name, tensor in state.items()):

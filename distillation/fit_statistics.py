@@ -52,16 +52,27 @@ class FitStatistics:
         ranks.sum([count, *sums])
         return FitStatistics(int(count), *sums)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The sums, to be saved."""
-        sums = {"squared_error": self.squared_error, "squared_norm": self.squared_norm}
-        return {"count": torch.tensor(self.count), "total": self.total, **sums}
+    def tensors(self, ranks: Ranks) -> dict[str, Tensor]:
+        """The sums of every process, to be saved."""
+        own = {
+            "count": torch.tensor(self.count, device=self.total.device),
+            "squared_error": self.squared_error,
+            "squared_norm": self.squared_norm,
+            "total": self.total,
+        }
+        return {name: ranks.gather(tensor) for name, tensor in own.items()}
 
     @classmethod
-    def of(cls, tensors: dict[str, Tensor]) -> "FitStatistics":
-        """What :meth:`tensors` returned, as it was."""
-        sums = {name: tensor for name, tensor in tensors.items() if name != "count"}
-        return cls(int(tensors["count"]), **sums)
+    def of(cls, tensors: dict[str, Tensor], ranks: Ranks) -> "FitStatistics":
+        """This process's sums among what :meth:`tensors` returned.
+
+        Of another number of processes, the first one gets the sums over all, and the others none.
+        """
+        if len(tensors["count"]) == ranks.count:
+            own = {name: tensor[ranks.index] for name, tensor in tensors.items()}
+        else:
+            own = {name: ranks.is_main * tensor.sum(0) for name, tensor in tensors.items()}
+        return cls(int(own.pop("count")), **own)
 
     def relative_error(self) -> float:
         """The squared error as a share of the target's variation about its mean."""

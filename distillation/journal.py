@@ -21,6 +21,7 @@ from cleangpt.checkpoints import Checkpoint, Checkpoints
 from cleangpt.errors import CheckpointError, Stopped
 from cleangpt.integrity import parse_json_object
 from cleangpt.metrics_log import MetricsLog, without_nonfinite
+from cleangpt.runtime.faultpoints import faultpoint
 from cleangpt.runtime.ranks import Ranks
 from cleangpt.runtime.stopping import StopRequest
 
@@ -204,6 +205,7 @@ class Journal:
     def step_done(self) -> bool:
         """Count an optimizer step; return whether to save now, as all processes agree."""
         self._count += 1
+        faultpoint("step.taken", self._count)
         due = self._steps > 0 and self._count % self._steps == 0
         if self._minutes:
             due = due or time.monotonic() - self._saved_at > 60 * self._minutes
@@ -240,11 +242,13 @@ class Journal:
         """
         self._finished.append((name, results))
         self._saves_inside = True
+        faultpoint("stage.finished")
+        due = self._steps > 0 or time.monotonic() - self._saved_at > SOON
         # The signal may have come to another process than the one that writes.
-        is_asked = self._ranks.any(self._steps > 0 or self.stop.signal is not None)
-        if is_asked or time.monotonic() - self._saved_at > SOON:
+        if self._ranks.any(due or self.stop.signal is not None):
             self._write(f"the end of {name}", None, {})
-        self._stop_if_asked(f"at the end of {name}; everything until there is saved")
+            self._stop_if_asked(f"at the end of {name}; everything until there is saved")
+        faultpoint("stage.handed_over")
 
     def _stop_if_asked(self, where: str) -> None:
         if self._ranks.any(self.stop.signal is not None):

@@ -86,7 +86,7 @@ class Stage(ABC):
         return {}
 
     def measured(self, ranks: Ranks) -> dict[str, Tensor]:
-        """What it has measured in this epoch so far, over all processes, to be saved."""
+        """What each process has measured in this epoch so far, to be saved."""
         return {}
 
     def go_on_measuring(self, measured: dict[str, Tensor], ranks: Ranks) -> None:  # noqa: B027
@@ -209,14 +209,12 @@ class BlockStage(Stage):
         return {"relative_error": self._fit.summed(ranks).relative_error()}
 
     def measured(self, ranks: Ranks) -> dict[str, Tensor]:
-        """The sums of this epoch's relative error."""
-        return self._fit.summed(ranks).tensors()
+        """The sums of this epoch's relative error, in each process."""
+        return self._fit.tensors(ranks)
 
     def go_on_measuring(self, measured: dict[str, Tensor], ranks: Ranks) -> None:
-        """Take up those sums, in one process of all."""
-        self.start_epoch()
-        if ranks.is_main:
-            self._fit = FitStatistics.of(measured)
+        """Take up this process's own, or in the first one the sums of another number of them."""
+        self._fit = FitStatistics.of(measured, ranks)
 
     def _hidden_states(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The student block's hidden states, without a stitch, and the teacher's."""

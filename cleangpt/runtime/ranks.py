@@ -49,6 +49,28 @@ class Ranks:
         for tensor, part in zip(tensors, parts, strict=True):
             tensor.detach().copy_(part.view_as(tensor))
 
+    def share(self, keys: Sequence[bytes]) -> list[int]:
+        """Which rows of a batch are this process's: equal numbers, to one row; may be none.
+
+        A function of the batch alone, so that a resumed run shares as one that never stopped. The
+        lowest keys are the first process's, and so on. Keys are hashes, so most rows go to the same
+        process in every batch, and it has their frozen states.
+
+        Args:
+            keys: A key per row.
+        """
+        order = sorted(range(len(keys)), key=keys.__getitem__)
+        start, end = (-(-i * len(keys) // self.count) for i in (self.index, self.index + 1))
+        return sorted(order[start:end])
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """What every process has for ``tensor``, one after the other along a new first axis."""
+        if self.count == 1:
+            return tensor[None]
+        found = [torch.empty_like(tensor) for _ in range(self.count)]
+        distributed.all_gather(found, tensor.contiguous())
+        return torch.stack(found)
+
     def sum_gradients(self, parameters: Sequence[nn.Parameter], loss: Tensor) -> None:
         """Sum gradients and loss over all processes, in place, in one message.
 
@@ -165,35 +187,3 @@ def leave() -> None:
     """Close the group, at the end of a command."""
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
-
-
-class RowShares:
-    """Which rows of a batch are whose: equal numbers, and so far as that goes, those seen before.
-
-    Every process keeps the same book, so nothing is sent. A row stays with the process that
-    computed it first, which has its frozen states, except where a batch holds too many rows of one.
-
-    Args:
-        ranks: The processes.
-    """
-
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks = ranks
-        self._owners: dict[bytes, int] = {}
-
-    def own(self, keys: Sequence[bytes]) -> list[int]:
-        """The positions in ``keys`` of this process's rows; may be none of a small batch."""
-        left = [-(-len(keys) // self.ranks.count)] * self.ranks.count
-        given: dict[int, int] = {}
-        for position, key in enumerate(keys):
-            owner = self._owners.get(key)
-            if owner is not None and left[owner]:
-                given[position] = owner
-                left[owner] -= 1
-        for position, key in enumerate(keys):
-            if position not in given:
-                emptiest = max(range(self.ranks.count), key=lambda rank: (left[rank], -rank))
-                given[position] = emptiest
-                left[emptiest] -= 1
-                self._owners.setdefault(key, emptiest)
-        return [position for position in range(len(keys)) if given[position] == self.ranks.index]

@@ -4,11 +4,14 @@ Handlers can only be set in the main thread: elsewhere, as in some notebooks, si
 always do. A second Ctrl-C interrupts at once.
 """
 
+import logging
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+logger = logging.getLogger(__name__)
 
 
 class StopRequest:
@@ -21,6 +24,10 @@ class StopRequest:
     def listening(self) -> Iterator[None]:
         """Take SIGTERM and SIGINT as requests inside the block; nested blocks change nothing."""
         if threading.current_thread() is not threading.main_thread():
+            logger.warning(
+                "Signals reach the main thread alone, and this run is in another one: Ctrl-C and"
+                " SIGTERM will not save it first. Its last checkpoint stays."
+            )
             yield
             return
         names = (signal.SIGTERM, signal.SIGINT)

@@ -25,7 +25,7 @@ from cleangpt.runtime.device import seed_generators
 from cleangpt.runtime.fused_gelu import fused_gelu
 from cleangpt.runtime.module_state import preserved_modes, tensors_fingerprint
 from cleangpt.runtime.precision import choose_precision
-from cleangpt.runtime.ranks import RowShares, join
+from cleangpt.runtime.ranks import join
 from distillation.activations import Activations
 from distillation.batch import Batch, as_batch
 from distillation.cache_plan import positions_in
@@ -83,7 +83,6 @@ class BaseDistillationTrainer:
         self.validation_dataloader = validation_dataloader
         self.device = torch.device(device)
         self.ranks = join(self.device)
-        self.shares = RowShares(self.ranks)
         self.current_pass = 0
         self.run = run
         self.optimizer_cls = optimizer_cls

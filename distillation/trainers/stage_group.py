@@ -89,6 +89,8 @@ class StageGroup:
         try:
             with compiled(modules if trainer.config.compile_blocks else ()):
                 if place is None:
+                    for module in trainer.journal.modules.values():
+                        trainer.ranks.copy_from_main(module)  # fits may differ by rounding
                     self._validate([loop for loop in loops if loop.settings.epochs])
                     place = Place(0, 0)
                 for epoch in range(place.epoch, self.rounds):
@@ -189,7 +191,7 @@ class StageGroup:
         """What this process computes of a batch; None is nothing."""
         if self.trainer.ranks.count == 1:
             return batch
-        rows = self.trainer.shares.own(batch.row_keys)
+        rows = self.trainer.ranks.share(batch.row_keys)
         return rows_of(batch, rows) if rows else None
 
     def _save(self, place: Place) -> None:

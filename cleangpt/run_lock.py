@@ -1,0 +1,62 @@
+"""The lock that keeps two runs out of one directory; the kernel frees it however a run ends."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cleangpt.errors import EnvironmentProblem
+
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # Windows has no flock; there the lock is left out.
+    fcntl = None
+
+_held: list[Any] = []
+"""The open lock files of this process."""
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder inside the block.
+
+    Raises:
+        EnvironmentProblem: If another run holds it.
+    """
+    if fcntl is None:
+        yield
+        return
+    with (folder / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            raise EnvironmentProblem(
+                f"Another run holds {folder} ({file.read().strip() or 'unknown process'}).",
+                "Wait for it, stop it, or choose another output_dir.",
+            ) from error
+        file.truncate(0)
+        file.write(f"pid {os.getpid()} on {os.uname().nodename}")
+        file.flush()
+        _held.append(file)
+        try:
+            yield
+        finally:
+            _held.remove(file)
+
+
+def _let_go() -> None:
+    """Close what a forked process has inherited.
+
+    The lock belongs to the open file and so to every process that has it open: a loader's workers,
+    which outlive a killed run by some seconds, would keep the next start out.
+    """
+    for file in _held:
+        file.close()
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
