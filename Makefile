@@ -32,7 +32,7 @@ AUDIT_FLAGS ?=
 # No test reaches for the network; one thread a worker keeps two workers from fighting.
 TEST_ENV := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1 OMP_NUM_THREADS=1
 
-.PHONY: help install demo demo-smollm2 smollm2 test lint test-slow audit clean
+.PHONY: help install demo demo-smollm2 smollm2 test lint test-slow audit soak soak-long clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -67,6 +67,14 @@ audit: $(STAMP)  ## known holes in the installed packages (asks an advisory data
 	@test -x $(AUDIT_PY) || $(PYTHON) -m venv .venv-audit
 	@$(AUDIT_PY) -m pip install -qq pip-audit==2.10.1
 	@$(PY) -m tests.contract.audit --python $(AUDIT_PY) $(AUDIT_FLAGS)
+
+SOAK ?= --kills 100
+soak: $(STAMP)  ## kill whole runs at random, 100 times, and compare how they end (an hour)
+	$(TEST_ENV) $(PY) -m tests.faults.soak $(SOAK)
+
+SOAK_LONG ?= --setup long --kills 20 --minutes 30
+soak-long: $(STAMP)  ## the same with two processes over real text, for half an hour and more
+	$(TEST_ENV) $(PY) -m tests.faults.soak --folder runs/soak-long $(SOAK_LONG)
 
 clean:  ## remove caches, builds and runs (keeps .venv)
 	rm -rf build dist runs .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

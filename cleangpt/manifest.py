@@ -14,6 +14,11 @@ logger = logging.getLogger(__name__)
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 2
 """From 2 on a manifest carries its own checksum, and those of the run's other files."""
+DECIDE_BITS = (
+    *("torch_version", "transformers_version", "torch_threads", "processes", "device"),
+    *("cpu_capability", "attention"),
+)
+"""What changes the order in which numbers are added, and so the last bits of a run."""
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -81,7 +86,7 @@ def check_same_run(earlier: dict[str, Any], about: dict[str, Any], path: Path) -
         )
     changed = [
         f"{name} was {earlier.get(name)} and is {known.get(name)}"
-        for name in ("torch_version", "torch_threads", "device")
+        for name in DECIDE_BITS
         if earlier.get(name) != known.get(name)
     ]
     if changed:

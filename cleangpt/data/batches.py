@@ -4,10 +4,13 @@ Knows nothing about texts or models. The loader owns its random generators and n
 torch's global one, so iterating over data does not change dropout.
 """
 
+import atexit
 import hashlib
 import os
 import signal
+import weakref
 from collections.abc import Callable, Iterator
+from multiprocessing.util import Finalize
 from typing import Any
 
 import torch
@@ -98,7 +101,7 @@ def make_dataloader(
         # A fast tokenizer used before the fork prints a warning in every worker unless this is set.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     num_items = len(dataset)  # type: ignore[arg-type]  # torch's Dataset does not promise a length
-    return DataLoader(
+    loader: DataLoader[Any] = DataLoader(
         dataset,
         batch_size=batch_size,
         sampler=SeededSampler(num_items, seed, shuffle),
@@ -112,6 +115,22 @@ def make_dataloader(
         # Only from pinned memory can a GPU copy while it computes.
         pin_memory=torch.cuda.is_available(),
     )
+    if num_workers:
+        reference = weakref.ref(loader)
+        atexit.register(_end_workers, reference)
+        # A process that multiprocessing has forked knows no atexit. Before 10: the queues' end.
+        Finalize(None, _end_workers, args=(reference,), exitpriority=20)
+    return loader
+
+
+def _end_workers(loader: Any) -> None:
+    """End the workers of a loader that is still there when Python exits.
+
+    Python ends such processes by SIGTERM and waits for them, and they ignore it.
+    """
+    iterator = getattr(loader(), "_iterator", None)
+    if iterator is not None:
+        iterator._shutdown_workers()
 
 
 def _leave_signals_to_the_run(worker: int) -> None:

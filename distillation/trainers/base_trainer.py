@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from cleangpt.blocks import BlockStack
@@ -111,7 +112,14 @@ class BaseDistillationTrainer:
             "seed": self.config.seed,
             "device": str(self.device),
             "torch_version": torch.__version__,
+            "transformers_version": transformers.__version__,
             "torch_threads": torch.get_num_threads(),
+            "processes": self.ranks.count,
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "attention": [
+                getattr(model.config, "_attn_implementation", None)
+                for model in (self.teacher_model, self.student_model)
+            ],
             "precision": {"used": self.precision.name, "reason": self.precision.reason},
             "data": described(self.train_dataloader),
             "validation_data": described(self.validation_dataloader),
@@ -173,7 +181,6 @@ class BaseDistillationTrainer:
         is_other = enter_pass(self.train_dataloader, index, self.run)
         if is_other:
             self.activations.forget()
-            self.shares = RowShares(self.ranks)
         return is_other
 
     def batches(self, epoch: int, pass_number: int = 0) -> Iterator[Batch]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from cleangpt.runtime.ranks import Ranks, RowShares
+from cleangpt.runtime.ranks import Ranks
 from distillation.config import StageSettings
 from distillation.journal import Journal, Place
 from distillation.preflight import check_same_batches
@@ -96,12 +96,11 @@ class DecoupledBlocks:
     def _alone(self, journal: Journal) -> Iterator[None]:
         """Let the trainer train as if there were no other process."""
         trainer = self.trainer
-        before = trainer.journal, trainer.ranks, trainer.shares, trainer.run.metrics
+        before = trainer.journal, trainer.ranks, trainer.run.metrics
         trainer.journal, trainer.ranks = journal, Ranks()
-        trainer.shares = RowShares(trainer.ranks)
         if journal.metrics.path is not None:
             trainer.run.metrics = journal.metrics
         try:
             yield
         finally:
-            trainer.journal, trainer.ranks, trainer.shares, trainer.run.metrics = before
+            trainer.journal, trainer.ranks, trainer.run.metrics = before

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -107,15 +108,14 @@ def _begin(target: Callable[..., None], folder: Path, faults: str, rest: dict[st
     if faults:
         os.environ[VARIABLE] = faults
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # for workers, as in a command
     target(folder, **rest)
 
 
-def children(pid: int) -> list[int]:
-    """The processes that a process has started and that live."""
-    import psutil
-
+def descendants(pid: int) -> list[int]:
+    """The processes that a process has started, itself or through others, and that live."""
     with contextlib.suppress(psutil.NoSuchProcess):
-        return [child.pid for child in psutil.Process(pid).children()]
+        return [child.pid for child in psutil.Process(pid).children(recursive=True)]
     return []
 
 
@@ -133,7 +133,12 @@ def log_of(folder: Path) -> str:
 
 def wait_for_a_step(folder: Path, before: str) -> None:
     """Wait until a process has taken and logged a step; ``before`` is the log as it was."""
-    wait_until(lambda: bool(re.search(r" step \d+/\d+: ", log_of(folder)[len(before) :])), "a step")
+    wait_until(lambda: bool(stages_logged(folder, before)), "a step")
+
+
+def stages_logged(folder: Path, before: str = "") -> list[str]:
+    """The names of the stages of all steps that are in the log; ``before`` is left out of it."""
+    return re.findall(r" INFO (.+) \(\d+/\d+\) step \d+/\d+: ", log_of(folder)[len(before) :])
 
 
 def expected_codes(number: int) -> tuple[int, int, int]:
@@ -148,11 +153,7 @@ def differences(one: Path, other: Path) -> list[str]:
     """Everything in which two finished runs differ, times apart; also what has no place there."""
     found = [
         f"{name} {tensor}"
-        for name, read in (
-            ("student_model_final_distilled.pt", _state_of_pt),
-            ("final/model.safetensors", load_file),
-            ("stitching_layers.safetensors", load_file),
-        )
+        for name, read in TENSOR_FILES.items()
         for tensor in different_tensors(read(one / name), read(other / name))
     ]
     for name in ("manifest.json", "config.json", "audit.json", "metrics.jsonl"):
@@ -160,6 +161,11 @@ def differences(one: Path, other: Path) -> list[str]:
             found.append(name)
     left = [path.name for path in other.iterdir() if path.name in ("checkpoints", "activations")]
     return found + left + [path.name for path in other.rglob("*.tmp")]
+
+
+def tensors_in(folder: Path) -> int:
+    """How many tensors of a finished run :func:`differences` compares."""
+    return sum(len(read(folder / name)) for name, read in TENSOR_FILES.items())
 
 
 def different_tensors(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
@@ -207,5 +213,10 @@ def _timeless(value: Any) -> Any:
     return [_timeless(v) for v in value] if isinstance(value, list) else value
 
 
+TENSOR_FILES: dict[str, Callable[[Path], dict[str, Tensor]]] = {
+    "student_model_final_distilled.pt": _state_of_pt,
+    "final/model.safetensors": load_file,
+    "stitching_layers.safetensors": load_file,
+}
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 """What kills at random are drawn from."""

@@ -9,7 +9,7 @@ import pytest
 
 from tests.faults.kill_harness import (
     Running,
-    children,
+    descendants,
     differences,
     different_checkpoints,
     log_of,
@@ -19,13 +19,13 @@ from tests.faults.kill_harness import (
 )
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
-STOP = 100
+STOP = 85
 FLAGS = (
     *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
     *("-m", "examples.run_distillation_example", "--device", "cpu", "--threads", "1"),
-    *("--max_samples", "3", "--student_n_embd", "24", "--student_n_head", "2"),
+    *("--max_samples", "6", "--student_n_embd", "24", "--student_n_head", "2"),
     *("--precision", "fp32", "--block_size", "64", "--batch_size", "5", "--no_token_cache"),
-    *("--epochs_per_block", "2", "--polish_epochs", "2", "--recipe", "best"),
+    *("--epochs_per_block", "1", "--polish_epochs", "2", "--recipe", "best"),
     *("--validation_tokens", "300", "--no_overfit_gate", "--student_dropout", "0.1"),
     *("--activation_cache", "disk", "--checkpoint_steps", "5", "--log_interval", "1", "--resume"),
 )
@@ -65,7 +65,7 @@ def test_two_processes_that_are_killed_end_as_two_that_are_not(tmp_path: Path) -
     assert process.end() != 0
     assert json.loads((killed / "manifest.json").read_text())["status"] == "stopped"
     process = training(killed)
-    Running(children(process.pid)[-1], process.wait).signal(signal.SIGKILL)
+    Running(descendants(process.pid)[-1], process.wait).signal(signal.SIGKILL)
     assert process.end() != 0
     process = training(killed)
     process.signal(signal.SIGINT)

@@ -33,8 +33,17 @@ METHOD: dict[str, Any] = {
 }
 
 
-def train(folder: Path, num_workers: int = 0, **options: Any) -> None:
-    """Go on with the run in a folder, or begin one, and exit as a command does."""
+def train(
+    folder: Path, num_workers: int = 0, training: dict[str, Any] | None = None, **options: Any
+) -> None:
+    """Go on with the run in a folder, or begin one, and exit as a command does.
+
+    Args:
+        folder: The run's.
+        num_workers: Processes of the loader.
+        training: In place of what ``TRAINING`` says.
+        **options: In place of what ``METHOD`` says.
+    """
     setup_logging()
 
     def main(_: list[str] | None) -> None:
@@ -49,7 +58,7 @@ def train(folder: Path, num_workers: int = 0, **options: Any) -> None:
             precision="fp32",
             validation_dataloader=batches(1),
             **{"resume": True, **METHOD, **options},
-        ).train(**TRAINING)
+        ).train(**{**TRAINING, **(training or {})})
 
     sys.exit(run_command(main, []))
 

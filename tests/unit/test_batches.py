@@ -1,5 +1,8 @@
 """The order of batches is a function of (seed, epoch)."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -85,6 +88,19 @@ def test_workers_give_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> None:
         alone.sampler.set_epoch(epoch)
         helped.sampler.set_epoch(epoch)
         assert batches_of(alone) == batches_of(helped)
+
+
+@pytest.mark.slow
+def test_python_ends_while_a_loader_with_workers_is_still_there() -> None:
+    code = (
+        "import torch; from cleangpt.data.batches import make_dataloader as make;"
+        "loader = make([torch.zeros(2)] * 4, torch.utils.data.default_collate, 2, num_workers=1);"
+        "print(len(list(loader)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert (done.stdout, done.stderr) == ("2\n", "")
 
 
 @pytest.mark.parametrize(
