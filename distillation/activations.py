@@ -106,6 +106,8 @@ class Activations:
                 states.finish(keep=config.keep_activations)
             with contextlib.suppress(OSError):  # not there, or something of the user's is in it
                 folder.rmdir()
+                if launched(os.environ)[1] > 1:
+                    folder.parent.rmdir()  # of all processes; the last one finds it empty
             self._keep_in_memory(self._budget_bytes, torch.float32)
 
     @torch.no_grad()

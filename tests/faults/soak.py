@@ -54,6 +54,8 @@ LONG = (
 )
 SAVES = tuple(name for name in FAULT_POINTS if name not in ("step.taken", "file.deleted"))
 KILLS_PER_RUN = 8
+START_UP = 12.0
+"""Seconds, more or less, that a command takes to import everything and load."""
 
 
 @dataclass(frozen=True)
@@ -109,11 +111,11 @@ class Plan:
     fault: str
 
     @classmethod
-    def drawn(cls, setup: Setup, chance: random.Random, gap: float, start_up: float) -> "Plan":
+    def drawn(cls, setup: Setup, chance: random.Random, gap: float) -> "Plan":
         target = chance.choice(setup.targets)
         number = chance.choice(SIGNALS[target])
         starts_only = target in ("main", "group", "all") and chance.random() < 0.1
-        seconds = chance.uniform(0, start_up if starts_only else gap)
+        seconds = chance.uniform(0, START_UP if starts_only else 2 * gap)
         point, passes = chance.choice(SAVES), chance.randint(1, 4)
         return cls(target, number, starts_only, seconds, f"{point}:{passes}:{number.name}")
 
@@ -170,11 +172,12 @@ class Soak:
     def killed(self, name: str, number: int) -> None:
         """Kill a run until it has come to its end, and compare it."""
         straight, setup = self.straight(name), SETUPS[name]
-        whole = next(r["seconds"] for r in self.of("straight") if r["setup"] == name)
+        manifest = json.loads((straight / "manifest.json").read_text())
+        training = sum(stage["seconds"] for stage in manifest["stages"])
         folder = self.folder / f"killed-{number}-{name}"
         while True:
             chance = random.Random(f"{self.seed}/{len(self.records)}")
-            plan = Plan.drawn(setup, chance, whole / KILLS_PER_RUN, min(15.0, whole / 4))
+            plan = Plan.drawn(setup, chance, training / KILLS_PER_RUN)
             began_at, before = time.monotonic(), log_of(folder)
             process = self.start(setup, folder, plan.fault * (plan.target == "inside"))
             sent = carry_out(plan, process, folder, before)
