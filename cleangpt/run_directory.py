@@ -44,6 +44,8 @@ RUN_FILES = (
     "evaluation",
 )
 """What a run may write into its directory, and all that ``overwrite`` ever deletes."""
+CUT_OFF = "overwritten"
+"""The status of a run that is being deleted."""
 
 
 class RunDirectory:
@@ -86,13 +88,7 @@ class RunDirectory:
         if self.is_open:  # a trainer inside a larger run
             yield self
             return
-        earlier = self.manifest() if resume else None
-        if earlier is not None and earlier.get("status") == "overwritten":
-            # An overwrite was cut off: what it left is no run to go on with.
-            earlier, overwrite, resume = None, True, False
-        if earlier is not None:
-            check_same_run(earlier, about, self.path)
-            self.run_id = str(earlier["run_id"])
+        goes_on = resume and self._has_run(about)
         if not self.writes:
             with self._joined():
                 yield self
@@ -101,10 +97,10 @@ class RunDirectory:
         self._make()
         with locked(self.path):
             self._sweep()
-            if earlier is None:
-                self._make_room(overwrite)
-            else:
+            if goes_on:
                 self._take_up()
+            else:
+                self._make_room(overwrite)
             self._manifest = {
                 "format_version": FORMAT_VERSION,
                 "library_version": __version__,
@@ -128,6 +124,15 @@ class RunDirectory:
                 raise
             finally:
                 self._manifest = {}
+
+    def _has_run(self, about: dict[str, Any]) -> bool:
+        """Whether there is a run to go on with; its name is this one's then."""
+        earlier = self.manifest()
+        if earlier is None or earlier.get("status") == CUT_OFF:
+            return False
+        check_same_run(earlier, about, self.path)
+        self.run_id = str(earlier["run_id"])
+        return True
 
     def _sweep(self) -> None:
         """Delete what writes that were cut off have left under temporary names."""
@@ -275,10 +280,11 @@ class RunDirectory:
             return False
 
     def _make_room(self, overwrite: bool) -> None:
-        found = self.check_room(overwrite)
+        known = self.manifest() or {}
+        found = self.check_room(overwrite or known.get("status") == CUT_OFF)
         if "manifest.json" in found:
             # Cut off between two files, it must still be known as ours, and as no run any more.
-            self.write_json("manifest.json", {**(self.manifest() or {}), "status": "overwritten"})
+            self.write_json("manifest.json", {**known, "status": CUT_OFF})
         for name in sorted(found, key="manifest.json".__eq__):
             _delete(self.path / name)
             faultpoint("file.deleted")
