@@ -82,21 +82,7 @@ def make_dataloader(
         UsageError: If ``batch_size`` or ``num_workers`` is out of range, or there are workers for a
             data set that changes while it is used.
     """
-    if batch_size < 1:
-        raise UsageError(
-            f"batch_size is {batch_size}; a batch holds at least one window.",
-            "Set batch_size (--batch_size) to 1 or more.",
-        )
-    if num_workers < 0:
-        raise UsageError(
-            f"num_workers is {num_workers}; it counts processes.",
-            "Set num_workers (--num_workers) to 0 or more.",
-        )
-    if num_workers and getattr(dataset, "passes", 1) > 1:
-        raise UsageError(
-            f"{num_workers} workers would go on with the first pass of a stream of several.",
-            "Set num_workers (--num_workers) to 0.",
-        )
+    _check_numbers(dataset, batch_size, num_workers)
     if num_workers:
         # A fast tokenizer used before the fork prints a warning in every worker unless this is set.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -121,6 +107,24 @@ def make_dataloader(
         # A process that multiprocessing has forked knows no atexit. Before 10: the queues' end.
         Finalize(None, _end_workers, args=(reference,), exitpriority=20)
     return loader
+
+
+def _check_numbers(dataset: Dataset[Any], batch_size: int, num_workers: int) -> None:
+    if batch_size < 1:
+        raise UsageError(
+            f"batch_size is {batch_size}; a batch holds at least one window.",
+            "Set batch_size (--batch_size) to 1 or more.",
+        )
+    if num_workers < 0:
+        raise UsageError(
+            f"num_workers is {num_workers}; it counts processes.",
+            "Set num_workers (--num_workers) to 0 or more.",
+        )
+    if num_workers and getattr(dataset, "passes", 1) > 1:
+        raise UsageError(
+            f"{num_workers} workers would go on with the first pass of a stream of several.",
+            "Set num_workers (--num_workers) to 0.",
+        )
 
 
 def _end_workers(loader: Any) -> None:
