@@ -87,10 +87,11 @@ def write_gguf(
     writer = gguf.GGUFWriter(file, architecture)
     for key, value in metadata(model.config, ARCHITECTURES[architecture]):
         add_value(writer, f"{architecture}.{key}", value)
+    rows = len(model.get_input_embeddings().weight)
     if architecture.startswith("gemma"):
-        add_sentencepiece(writer)
+        add_sentencepiece(writer, rows)
     else:
-        add_tokenizer(writer, tokenizer)
+        add_tokenizer(writer, tokenizer, rows)
     kind = gguf.GGMLQuantizationType[quantization]
     for name, values in tensors(model, architecture):
         if values.ndim < 2 or quantization == "F32":
@@ -143,15 +144,22 @@ def hybrid_metadata(config: Any, family: str) -> dict[str, Any]:
     return {}
 
 
-def add_tokenizer(writer: Any, tokenizer: Any) -> None:
+def add_tokens(writer: Any, tokens: list[str], types: list[int], rows: int) -> None:
+    """Add a vocabulary; rows beyond its tokens get placeholders, as llama.cpp's converter does."""
+    beyond = range(len(tokens), rows)
+    writer.add_token_list([*tokens, *(f"[PAD{row}]" for row in beyond)])
+    writer.add_token_types([*types, *(5 for _ in beyond)])
+
+
+def add_tokenizer(writer: Any, tokenizer: Any, rows: int) -> None:
     """Add vocabulary, merges and special tokens."""
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1])
     special = set(tokenizer.all_special_tokens)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([token for token, _ in vocabulary])
-    writer.add_token_types([3 if token in special else 1 for token, _ in vocabulary])
+    tokens = [token for token, _ in vocabulary]
+    add_tokens(writer, tokens, [3 if token in special else 1 for token in tokens], rows)
     pairs = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
     # An array of nothing has no type, and the format no place for it.
     writer.add_token_merges(pairs or ["a b"])
@@ -161,16 +169,16 @@ def add_tokenizer(writer: Any, tokenizer: Any) -> None:
     writer.add_pad_token_id(tokenizer.eos_token_id if pad is None else pad)
 
 
-def add_sentencepiece(writer: Any) -> None:
+def add_sentencepiece(writer: Any, rows: int) -> None:
     """Add a vocabulary of bytes and letters in SentencePiece's form, as Gemma's files have it."""
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
     pieces = [f"<0x{byte:02X}>" for byte in range(256)]
     letters = ["\u2581", *map(chr, range(33, 127))]
     tokens = [*special, *pieces, *letters]
     writer.add_tokenizer_model("llama")
-    writer.add_token_list(tokens)
-    writer.add_token_scores([-float(rank) for rank in range(len(tokens))])
-    writer.add_token_types([3] * len(special) + [6] * len(pieces) + [1] * len(letters))
+    writer.add_token_scores([-float(rank) for rank in range(rows)])
+    types = [3] * len(special) + [6] * len(pieces) + [1] * len(letters)
+    add_tokens(writer, tokens, types, rows)
     writer.add_pad_token_id(0)
     writer.add_eos_token_id(1)
     writer.add_bos_token_id(2)

@@ -1,8 +1,9 @@
 """Whether two models mean the same by their token ids: maps of tokens are compared, never sizes.
 
 A model may have more vocabulary rows than its tokenizer has tokens, padded to a multiple of 64 as a
-rule. Such rows stand for no token and may be left out; tokens that differ never may. Knows nothing
-about models; ``teacher`` and those who load students use it.
+rule. Such rows stand for no token and may be left out; tokens that differ never may. GGUF files
+name them ``[PAD151700]``, after their ids, which is no token either. Knows nothing about models;
+``teacher`` and those who load students use it.
 """
 
 from collections.abc import Mapping
@@ -15,8 +16,8 @@ _LONGEST_TOKEN = 40
 
 
 def token_rows(tokenizer: Any) -> int:
-    """The vocabulary rows that a tokenizer's ids need: its largest id, and one."""
-    return 1 + max(tokenizer.get_vocab().values(), default=-1)
+    """The vocabulary rows that a tokenizer's tokens need: its largest id, and one."""
+    return 1 + max(_without_placeholders(tokenizer.get_vocab()).values(), default=-1)
 
 
 def check_same_tokens(
@@ -33,6 +34,7 @@ def check_same_tokens(
     Raises:
         InputError: With the first ids that differ.
     """
+    own, teachers = _without_placeholders(own), _without_placeholders(teachers)
     different = own.items() ^ teachers.items()
     if not different:
         return
@@ -44,6 +46,10 @@ def check_same_tokens(
         f" {len(ids)} ids differ, first {', '.join(named)}; their predictions cannot be compared.",
         remedy,
     )
+
+
+def _without_placeholders(vocabulary: Mapping[str, int]) -> dict[str, int]:
+    return {token: index for token, index in vocabulary.items() if token != f"[PAD{index}]"}
 
 
 def _token(token: str | None) -> str:

@@ -15,6 +15,7 @@ from benchmarks.gguf_files import ARCHITECTURES, UNSTATED, write_gguf  # noqa: E
 from benchmarks.teachers import PAGE, gguf_row, gguf_section  # noqa: E402
 from cleangpt.errors import InputError  # noqa: E402
 from cleangpt.teacher import load_teacher  # noqa: E402
+from cleangpt.vocabulary import check_same_tokens, token_rows  # noqa: E402
 from distillation.evaluation import evaluate_distilled_model  # noqa: E402
 from examples import run_distillation_example as command  # noqa: E402
 
@@ -41,10 +42,20 @@ def verdicts() -> dict[str, str]:
     return {name: verdict for name, verdict in rows if name != "architecture"}
 
 
-@pytest.mark.parametrize(
-    "architecture",
-    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in verdicts()],
-)
+@pytest.mark.parametrize("architecture", QUICK)
+def test_a_file_is_the_model_that_it_was_written_from(
+    architecture: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    teacher = load_teacher(str(written(tmp_path, tokenizer, architecture)))
+    model = tiny_model(ARCHITECTURES[architecture], **SIZES)
+    ids = torch.randint(3, 99, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(teacher.model(ids).logits, model(ids).logits)
+    assert verdicts()[architecture] == "works"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", verdicts())
 def test_an_architecture_is_what_the_page_says(architecture: str) -> None:
     finding = try_gguf(architecture)
     assert finding.verdict == verdicts()[architecture]
@@ -88,10 +99,12 @@ def test_the_tokenizer_of_a_file_is_the_models(tokenizer: Any, tmp_path: Path) -
     found = load_teacher(str(written(tmp_path, tokenizer))).tokenizer
     text = "def f(x):\n    return [x + 1, 'two', 3.0]  # and so on"
     assert found(text).input_ids == tokenizer(text).input_ids
-    assert found.get_vocab() == tokenizer.get_vocab()
+    check_same_tokens(found.get_vocab(), tokenizer.get_vocab(), "it", "")
+    assert token_rows(found) == TOKENS < len(found) == ROWS
     assert found.eos_token_id == tokenizer.eos_token_id
 
 
+@pytest.mark.slow
 def test_both_commands_run_on_a_quantised_padded_file(tokenizer: Any, tmp_path: Path) -> None:
     file = str(written(tmp_path, tokenizer, "qwen2", quantization="Q8_0"))
     text = tmp_path / "text.txt"

@@ -181,7 +181,7 @@ def test_a_missing_column_continues_on_the_only_one_and_says_so(
     ("flags", "code", "words"),
     [
         ("--student_n_embd 17 --student_n_head 2", 2, ["n_embd", "n_head"]),
-        ("--student_n_layer 9", 2, ["9 blocks", "teacher 2", "n_layer between 1 and 2"]),
+        ("--student_n_layer 2 --layer_map 1,0", 2, ["falls from 1 to 0", "such as 0,1"]),
         ("--block_size 4000", 2, ["--block_size 4000", "128"]),
         ("--no_stitching_layers", 2, ["Dimension mismatch at block 0", "use_stitching_layers"]),
         ("--lr_per_block nan", 2, ["--lr_per_block", "nan"]),

@@ -275,8 +275,8 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_written(tmp_pa
         backbone_trainer(tmp_path, use_stitching_layers=False)
     with pytest.raises(UsageError, match="teacher_n_embd=48; this teacher's width is 32"):
         backbone_trainer(tmp_path, tiny_student(teacher_n_embd=48))
-    with pytest.raises(UsageError, match="4 blocks and the teacher 3"):
-        backbone_trainer(tmp_path, tiny_student(n_layer=4))
+    with pytest.raises(UsageError, match="it falls from 2 to 1"):
+        backbone_trainer(tmp_path, tiny_student(), layer_map=[2, 1])
     with pytest.raises(InputError, match="vocabulary has 60 tokens and the teacher's 67"):
         backbone_trainer(tmp_path, tiny_student(vocab_size=60))
     with pytest.raises(UsageError, match="lr_per_block has 3 entries"):

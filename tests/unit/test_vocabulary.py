@@ -18,6 +18,12 @@ def test_equal_maps_pass_whatever_their_order() -> None:
     check_same_tokens(dict(reversed(TOKENS.items())), TOKENS, "it", "remedy")
 
 
+def test_placeholders_of_padding_are_no_tokens() -> None:
+    check_same_tokens({**TOKENS, "[PAD3]": 3, "[PAD4]": 4}, TOKENS, "it", "remedy")
+    with pytest.raises(InputError, match=r"first 3 \('\[PAD4\]', not no token\)"):
+        check_same_tokens({**TOKENS, "[PAD4]": 3}, TOKENS, "it", "remedy")
+
+
 @pytest.mark.parametrize(
     ("own", "cause"),
     [
