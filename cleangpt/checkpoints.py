@@ -22,10 +22,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cleangpt.errors import CheckpointError, EnvironmentProblem
+from cleangpt.disk_errors import disk_errors_explained
+from cleangpt.errors import CheckpointError
 from cleangpt.integrity import file_digest, parse_json_object
-from cleangpt.run_directory import disk_errors_explained, follow_umask_and_sync, sync_folder
+from cleangpt.run_directory import follow_umask_and_sync, sync_folder
 from cleangpt.runtime.faultpoints import faultpoint
+from cleangpt.runtime.module_state import not_finite
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +78,8 @@ class Checkpoints:
         target = self.folder / f"step-{checkpoint.step:08d}-{self.run_id[:8]}"
         temporary = self.folder / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
         try:
-            with disk_errors_explained(self.folder):
+            needed = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+            with disk_errors_explained(self.folder, needed):
                 temporary.mkdir(parents=True)
                 faultpoint("checkpoint.begun")
                 self._fill(temporary, checkpoint)
@@ -103,6 +106,7 @@ class Checkpoints:
 
         Raises:
             CheckpointError: If there are some and all are damaged: no run starts over silently.
+                Also if the one to be used holds numbers that are not finite.
         """
         for stale in self.folder.glob(".step-*.tmp") if self.writes else ():
             shutil.rmtree(stale, ignore_errors=True)
@@ -140,13 +144,7 @@ class Checkpoints:
             if tensor.data_ptr() in seen:
                 tensors[name] = tensor.clone()
             seen.add(tensor.data_ptr())
-        try:
-            save_file(tensors, folder / _FILES[0])
-        except SafetensorError as error:  # it has its own words for a full disk
-            raise EnvironmentProblem(
-                f"Cannot write a checkpoint in {self.folder}: {error}",
-                "Free some space, or choose an output_dir on another disk.",
-            ) from error
+        save_file(tensors, folder / _FILES[0])
         faultpoint("checkpoint.tensors_written")
         (folder / _FILES[1]).write_text(json.dumps(checkpoint.state), encoding="utf-8")
         faultpoint("checkpoint.state_written")
@@ -213,7 +211,7 @@ def refuse_nonfinite(tensors: Mapping[str, Tensor], outcome: str) -> None:
     Raises:
         CheckpointError: Naming the first of them.
     """
-    broken = [n for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
+    broken = not_finite(tensors)
     if broken:
         raise CheckpointError(
             f"{len(broken)} tensors hold NaN or infinite numbers, the first is {broken[0]};"
@@ -237,6 +235,12 @@ def _read(path: Path) -> Checkpoint:
             f"{path} cannot be read: {error}",
             "It was written by other software; start again with --overwrite.",
         ) from error
+    broken = not_finite(tensors)
+    if broken:
+        raise CheckpointError(
+            f"{len(broken)} tensors in {path} hold NaN or infinite numbers, first {broken[0]}.",
+            "This library never writes such a checkpoint; start again with --overwrite.",
+        )
     return Checkpoint(_number(path), tensors, state)
 
 

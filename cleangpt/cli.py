@@ -11,20 +11,21 @@ import difflib
 import errno
 import logging
 import math
+import multiprocessing
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn, TypeVar
 
-from cleangpt.errors import CleanGPTError, EnvironmentProblem, OutOfMemory
+from cleangpt.errors import CleanGPTError, EnvironmentProblem, OutOfMemory, ran_out_of_memory
 from cleangpt.runtime.launcher import launched
+from cleangpt.runtime.stopping import Terminated, terminable
 from cleangpt.safe_text import SafeFormatter, clean_message, clean_text
 
 T = TypeVar("T")
 
 _OUR_LOGGERS = ("cleangpt", "distillation", "model", "examples", "benchmarks", "__main__")
-_OUT_OF_MEMORY_WORDS = ("out of memory", "not enough memory", "can't allocate", "cannot allocate")
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
 _LOST_PROCESSES = {
@@ -143,15 +144,27 @@ class CommandParser(argparse.ArgumentParser):
     def _refuse(self, argument: str) -> NoReturn:
         name = argument.split("=", 1)[0]
         known = [flag for action in self._actions for flag in action.option_strings]
-        # Flags are often written with a dash where ours have an underscore.
-        spelled = "--" + name.lstrip("-").replace("-", "_")
-        nearest = difflib.get_close_matches(spelled, known, n=1, cutoff=0.5)
+        nearest = _nearest_flags(name, known)
         kind = "flag" if name.startswith("-") else "argument"
-        hint = f"Did you mean {nearest[0]}? " if nearest and kind == "flag" else ""
+        hint = f"Did you mean {' or '.join(nearest)}? " if nearest and kind == "flag" else ""
         _print_error(
             f"unknown {kind} {name}", f"{hint}{self.prog} --help lists every flag and its values."
         )
         raise SystemExit(2)
+
+
+def _nearest_flags(name: str, known: Sequence[str]) -> list[str]:
+    """The flag that is spelt like ``name``; else up to three that have its words; else a guess."""
+    # Flags are often written with a dash where ours have an underscore.
+    spelled = name.lstrip("-").lower().replace("-", "_")
+    words = set(spelled.split("_"))
+    longer = [flag for flag in known if words <= set(flag.lstrip("-").split("_"))]
+    longer.sort(key=lambda flag: not flag.startswith(f"--{spelled}"))
+
+    def closest(cutoff: float) -> list[str]:
+        return difflib.get_close_matches(f"--{spelled}", known, n=1, cutoff=cutoff)
+
+    return closest(0.85) or longer[:3] or closest(0.5)
 
 
 def add_switch(
@@ -213,9 +226,7 @@ def _describe(error: BaseException) -> tuple[int, str, str]:
     lowered = text.lower()
     if isinstance(error, CleanGPTError):
         return error.exit_code, error.cause, error.remedy
-    if isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(word in lowered for word in _OUT_OF_MEMORY_WORDS)
-    ):
+    if ran_out_of_memory(error):
         return (
             OutOfMemory.exit_code,
             f"memory ran out: {text or 'the host could not allocate'}",
@@ -224,6 +235,12 @@ def _describe(error: BaseException) -> tuple[int, str, str]:
     for words, remedy in _LOST_PROCESSES.items():
         if isinstance(error, RuntimeError) and words in lowered:
             return EnvironmentProblem.exit_code, text, remedy
+    if isinstance(error, RuntimeError) and "dataloader timed out" in lowered:
+        return (
+            EnvironmentProblem.exit_code,
+            f"a process that prepares batches does not answer: {text}",
+            "Start again with --num_workers 0; a distillation goes on with --resume.",
+        )
     number = error.errno if isinstance(error, OSError) else None
     if number in _NO_SPACE or "no space left on device" in lowered:
         return (
@@ -264,17 +281,19 @@ def run_command(
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     try:
-        main(None if argv is None else list(argv))
-        sys.stdout.flush()
+        with terminable():
+            main(None if argv is None else list(argv))
+            sys.stdout.flush()
     except SystemExit as error:
         return _exit_code(error)
     except KeyboardInterrupt as error:
         _show_traceback(error, arguments)
+        terminated = isinstance(error, Terminated)
         _print_error(
-            "stopped by Ctrl-C",
+            f"stopped by {'SIGTERM' if terminated else 'Ctrl-C'}",
             "Start it again; a distillation goes on from its last checkpoint with --resume.",
         )
-        return 130
+        return 143 if terminated else 130
     except BrokenPipeError:
         # The reader of our output has gone (`... | head`). Python would complain again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -283,6 +302,8 @@ def run_command(
         _show_traceback(error, arguments)
         code, cause, remedy = _describe(error)
         _print_error(cause, remedy)
+        for child in multiprocessing.active_children():
+            child.kill()  # one that hangs ignores what would end it when Python exits
         return code
     return 0
 

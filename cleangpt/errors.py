@@ -62,6 +62,14 @@ class OutOfMemory(CleanGPTError, RuntimeError):  # noqa: N818
     exit_code = 7
 
 
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out; PyTorch's are plain RuntimeErrors."""
+    words = ("out of memory", "not enough memory", "can't allocate", "cannot allocate")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+    )
+
+
 class Stopped(CleanGPTError, RuntimeError):  # noqa: N818
     """A signal asked the run to stop; it saved and can go on (exit code 143 or 130).
 

@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from cleangpt import __version__
 from cleangpt.errors import CheckpointError
 from cleangpt.integrity import file_digest, is_as_sealed, parse_json_object
 from cleangpt.metrics_log import without_nonfinite
@@ -15,7 +16,14 @@ MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 2
 """From 2 on a manifest carries its own checksum, and those of the run's other files."""
 DECIDE_BITS = (
-    *("torch_version", "transformers_version", "torch_threads", "processes", "device"),
+    *(
+        "library_version",
+        "torch_version",
+        "transformers_version",
+        "torch_threads",
+        "processes",
+        "device",
+    ),
     *("cpu_capability", "attention"),
 )
 """What changes the order in which numbers are added, and so the last bits of a run."""
@@ -74,8 +82,8 @@ def check_same_run(earlier: dict[str, Any], about: dict[str, Any], path: Path) -
         CheckpointError: Naming what differs.
     """
     names = ("seed", "data", "validation_data", "teacher", "student", "optimizer")
-    known = json.loads(json.dumps(without_nonfinite(about)))
-    different = [n for n in names if n in known and earlier.get(n) != known[n]]
+    known = json.loads(json.dumps(without_nonfinite({"library_version": __version__, **about})))
+    different = [n for n in names if n in known and _named(earlier.get(n)) != _named(known[n])]
     used = [about.get("precision", {}).get("used") for about in (earlier, known)]
     if used[0] != used[1]:
         different.append(f"precision ({used[0]}; name it with --precision)")
@@ -93,3 +101,10 @@ def check_same_run(earlier: dict[str, Any], about: dict[str, Any], path: Path) -
         logger.warning(
             "%s: the end will not have the bits of a run that never stopped.", "; ".join(changed)
         )
+
+
+def _named(value: Any) -> Any:
+    """What makes a model the one it is: a head that was untied since adds parameters, no more."""
+    if isinstance(value, dict):
+        return {key: own for key, own in value.items() if key != "parameters"}
+    return value

@@ -12,6 +12,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from cleangpt.disk_errors import disk_errors_explained
+
 logger = logging.getLogger(__name__)
 
 
@@ -37,7 +39,10 @@ class MetricsLog:
         nonfinite = [name for name in values if record[name] is None and values[name] is not None]
         if nonfinite:
             record["nonfinite"] = nonfinite
-        with self.path.open("a", encoding="utf-8") as file:
+        with (
+            disk_errors_explained(self.path),
+            self.path.open("a", encoding="utf-8") as file,
+        ):
             file.write(json.dumps(record, allow_nan=False) + "\n")
 
     def size(self) -> int:

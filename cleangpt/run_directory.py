@@ -6,7 +6,6 @@ it when the process ends, however it ends.
 """
 
 import contextlib
-import errno
 import json
 import logging
 import os
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cleangpt import __version__
+from cleangpt.disk_errors import disk_errors_explained
 from cleangpt.errors import EnvironmentProblem, Stopped, UsageError
 from cleangpt.integrity import file_digest, parse_json_object, sealed, write_sums
 from cleangpt.manifest import FORMAT_VERSION, MANIFEST_NAME, check_same_run, read_manifest
@@ -162,7 +162,7 @@ class RunDirectory:
         """What the manifest there says; None if no run of this library is there.
 
         Raises:
-            CheckpointError: If it is damaged.
+            CheckpointError: If it is damaged, or of a newer version of this library.
         """
         return read_manifest(self.path)
 
@@ -193,7 +193,8 @@ class RunDirectory:
         """Write a file, atomically."""
         if not self.writes:
             return self.path / name
-        return write_atomically(self.path / name, lambda path: path.write_bytes(content))
+        path = self.path / name
+        return write_atomically(path, lambda place: place.write_bytes(content), len(content))
 
     def write_folder(self, name: str, fill: Callable[[Path], object]) -> Path:
         """Make a folder, atomically: ``fill`` gets a temporary one, which is then renamed."""
@@ -297,8 +298,15 @@ def _delete(path: Path) -> None:
         path.unlink()
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> Path:
+def write_atomically(
+    path: Path, write: Callable[[Path], object], needed_bytes: int | None = None
+) -> Path:
     """Let ``write`` make a temporary sibling of ``path``, sync it, and rename it to ``path``.
+
+    Args:
+        path: The file.
+        write: Gets the temporary one's path.
+        needed_bytes: About how large the file is, for the message; None if that is not known.
 
     Raises:
         EnvironmentProblem: If the disk is full or the place cannot be written; what was at ``path``
@@ -306,7 +314,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> Path:
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with disk_errors_explained(path):
+        with disk_errors_explained(path, needed_bytes):
             write(temporary)
             follow_umask_and_sync(temporary)
             faultpoint("file.before_rename")
@@ -334,25 +342,3 @@ def sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-@contextmanager
-def disk_errors_explained(path: Path) -> Iterator[None]:
-    """Turn the operating system's disk errors into one line of cause and one of remedy.
-
-    Raises:
-        EnvironmentProblem: For any OSError inside the block.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(path if path.exists() else path.parent).free
-            raise EnvironmentProblem(
-                f"No space left to write {path} ({free:,} bytes free).",
-                "Free some space, or choose an output_dir on another disk.",
-            ) from error
-        raise EnvironmentProblem(
-            f"Cannot write {path}: {error.strerror or error}.",
-            "Check that the path is a writable directory, or choose another output_dir.",
-        ) from error

@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,10 +22,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from cleangpt.errors import CleanGPTError, InputError
+from cleangpt.errors import CleanGPTError, InputError, ran_out_of_memory
 from cleangpt.hub import is_hub_reachable, offline, refused, unreachable
 from cleangpt.quantized import loading_options, not_readable, quantisation_of, unpack
-from cleangpt.runtime.module_state import tensors_fingerprint
+from cleangpt.runtime.module_state import not_finite, tensors_fingerprint
 from cleangpt.teacher_files import (
     attention_of,
     check_files,
@@ -155,7 +154,9 @@ def _read_model(source: TeacherSource, config: Any, dtype: torch.dtype) -> PreTr
             **options,
             **loading_options(source.gguf_file),
         )
-    except (ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+    except Exception as error:  # a damaged or foreign file breaks its reader in any way whatever
+        if isinstance(error, OSError) or ran_out_of_memory(error):
+            raise
         kind = quantisation_of(config)
         if kind is not None and isinstance(error, ImportError):
             raise not_readable(source.label, kind, error, TEACHER_FLAG) from error
@@ -291,6 +292,22 @@ def check_same_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedM
         )
 
 
+def check_finite(model: PreTrainedModel) -> None:
+    """Refuse weights that are not finite, also those that a short probe would never touch.
+
+    Raises:
+        InputError: Naming the first of them.
+    """
+    broken = not_finite(dict(model.named_parameters()))
+    if broken:
+        raise InputError(
+            f"there are NaN or infinite numbers in the teacher, a {type(model).__name__} in"
+            f" {model.dtype}: in {len(broken)} of its weights, the first is {broken[0]}.",
+            f"Give {TEACHER_FLAG} another copy of the model, or load it in float32 "
+            "(dtype=torch.float32).",
+        )
+
+
 @torch.no_grad()
 def check_causal(model: PreTrainedModel) -> None:
     """Refuse a model in which the last token changes the logits of an earlier position.
@@ -350,6 +367,7 @@ def load_teacher(
     model, tokenizer = _load(source, lambda found: _read_all(found, dtype))
     model = model.to(device).eval().requires_grad_(False)
     check_same_vocabulary(tokenizer, model)
+    check_finite(model)
     check_causal(model)
     fingerprint = tensors_fingerprint(model.named_parameters())
     return Teacher(model, tokenizer, name, source.label, fingerprint)

@@ -54,6 +54,10 @@ class Activations:
         student: The model that learns.
         budget_bytes: Memory the kept states may take outside of :meth:`opened`; 0 keeps none, and
             both models run up to the block in training for every batch.
+
+    Attributes:
+        expected: The bytes of states that are to lie in memory ("ram") and in files ("disk"), by
+            the last :meth:`plan`; 0 if the data's size is not known.
     """
 
     def __init__(self, teacher: BlockStack, student: BlockStack, budget_bytes: int) -> None:
@@ -62,6 +66,7 @@ class Activations:
         self._is_open = False
         self._positions: int | None = None
         self._budget_bytes = budget_bytes
+        self.expected = {"ram": 0, "disk": 0}
         self._keep_in_memory(budget_bytes, torch.float32)
 
     @property
@@ -91,7 +96,7 @@ class Activations:
             yield
             return
         self._positions = positions
-        plan = self._plan(config, folder, positions)
+        plan = self.plan(config, folder, positions)
         logger.info("Frozen states are kept %s.", plan.reason)
         if plan.kind == "disk":
             self._keep_on_disk(plan.budget_bytes, config, folder, precision)
@@ -155,7 +160,8 @@ class Activations:
         for states in self._rolling:
             states.clear()
 
-    def _plan(self, config: DistillationConfig, folder: Path, positions: int | None) -> CachePlan:
+    def plan(self, config: DistillationConfig, folder: Path, positions: int | None) -> CachePlan:
+        """Choose where states would be kept now; the arguments are those of :meth:`opened`."""
         setting = cache_setting(config.activation_cache, config.keep_activations)
         limit = config.activation_cache_gb
         widths = kept_widths(self.teacher, self.student, config.block_inputs)
@@ -165,13 +171,16 @@ class Activations:
             # Each process keeps the windows that it computes, and decoupled that is all of them.
             sharing_rows = 1 if config.schedule == "decoupled" else processes
             need = needed_bytes(positions, widths, config.activation_dtype) // sharing_rows
-        return plan_cache(
+        plan = plan_cache(
             setting,
             need,
             free_memory(self.teacher.device) // sharing,
             free_disk(folder) // sharing,
             None if limit is None else int(limit * 1e9) // sharing,
         )
+        room = min(need or 0, plan.budget_bytes)
+        self.expected = {kind: room if kind == plan.kind else 0 for kind in ("ram", "disk")}
+        return plan
 
     def _keep_in_memory(self, budget_bytes: int, dtype: torch.dtype) -> None:
         self._budget = Budget(budget_bytes)

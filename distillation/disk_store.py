@@ -17,9 +17,10 @@ import torch
 import xxhash
 from torch import Tensor
 
+from cleangpt.disk_errors import disk_errors_explained
 from cleangpt.errors import CheckpointError, EnvironmentProblem
 from cleangpt.integrity import parse_json_object
-from cleangpt.run_directory import disk_errors_explained, write_atomically
+from cleangpt.run_directory import write_atomically
 from distillation.state_store import Budget, KeptState, Row, StateStore
 
 logger = logging.getLogger(__name__)

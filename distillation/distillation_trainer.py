@@ -6,7 +6,6 @@ What a stage trains is in ``stages.py``, how it is trained in ``trainers/base_tr
 import logging
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -20,25 +19,20 @@ from cleangpt.checkpoints import Checkpoints
 from cleangpt.heads import head_is_tied
 from cleangpt.metrics_log import RunProgress
 from cleangpt.run_directory import RunDirectory
-from distillation.activations import Activations, rows_of
-from distillation.config import LoopOptions, PerBlock, by_stage, spread
-from distillation.finished_run import FINAL_NAME, fill_folder, finished_results, save_student
-from distillation.head_init import untie_lm_head
-from distillation.journal import Journal, check_same_settings
-from distillation.logit_stages import HeadStage, HiddenTargets, untied_for_now
-from distillation.overfit_gate import WINDOWS, check_stages_learn
+from distillation.config import LoopOptions, PerBlock, StageSettings, by_stage, spread
+from distillation.finished_run import fill_folder, finished_results, save_student, with_totals
+from distillation.head_init import tie_lm_head, untie_lm_head
+from distillation.journal import Journal, check_same_settings, counted_epochs
+from distillation.logit_stages import HiddenTargets
+from distillation.overfit_gate import check_run_learns
 from distillation.plan import RunPlan
-from distillation.planning import plan_training
-from distillation.stages import Stage
+from distillation.planning import memory_explained, plan_training
 from distillation.trainers.backbone_trainer import BackboneDistillationTrainer
 from distillation.trainers.base_trainer import BaseDistillationTrainer
 from distillation.trainers.head_trainer import HeadDistillationTrainer
 from distillation.trainers.polish_trainer import PolishDistillationTrainer
 
 logger = logging.getLogger(__name__)
-
-GATE_BYTES = 256 * 2**20
-"""Memory for the states of the few windows that the overfit gate looks at."""
 
 
 class DistillationTrainer:
@@ -240,13 +234,8 @@ class DistillationTrainer:
         head_from_teacher: bool,
     ) -> dict[str, Any]:
         started_at = time.perf_counter()
-        stages = len(self.backbone_trainer.stage_settings(**backbone))
-        if head is not None:
-            self.head_trainer.stage_settings(**head)
-            stages += 1
-        if polish is not None:
-            self.polish_trainer.stage_settings(**polish)
-            stages += 1
+        own = self._stage_settings(backbone, head, polish)
+        stages, config = len(own), self.backbone_trainer.config
         settings = self._settings(backbone, head, polish, head_from_teacher)
         if self.resume:
             about = self.backbone_trainer.about_run()
@@ -255,10 +244,12 @@ class DistillationTrainer:
                 return done
         fill = partial(fill_folder, self.student_model, self.tokenizer)
         progress = RunProgress(stages, self.show_progress)
-        config, ranks = self.backbone_trainer.config, self.backbone_trainer.ranks
+        self.backbone_trainer.check_disk_room(
+            trains_all=polish is not None, overwrite=self.overwrite, keeps_start=self.keep_start
+        )
         journal = Journal(
             {"student": self.student_model},
-            ranks,
+            self.backbone_trainer.ranks,
             config.checkpoint_minutes,
             config.checkpoint_steps,
             lambda: head_is_tied(self.backbone_trainer.student),
@@ -268,6 +259,7 @@ class DistillationTrainer:
         with (
             journal.stop.listening(),
             self.backbone_trainer.running(stages, self.overwrite, self.resume),
+            memory_explained(self.backbone_trainer, head, polish),
         ):
             for trainer in self._trainers:
                 trainer.progress = progress
@@ -275,14 +267,19 @@ class DistillationTrainer:
                 self.run.path / "checkpoints", self.run.run_id, writes=self.run.writes
             )
             goes_on = journal.open(checkpoints, self.run.metrics, resume=self.resume)
+            self.run.note(total_steps=self._total_steps(own))
             self._write_start(settings, fill, goes_on)
             self._prepare(journal, goes_on)
             if config.overfit_gate and not goes_on:
-                self._check_stages_learn(head is not None, polish is not None)
+                check_run_learns(
+                    self.backbone_trainer,
+                    None if head is None else self.head_trainer,
+                    None if polish is None else self.polish_trainer,
+                )
             results = self._train_stages(backbone, head, polish, head_from_teacher)
             layer_map = self.backbone_trainer.layer_map
             save_student(self.run, self.student_model, fill, layer_map, results)
-            results = self._with_totals(results, time.perf_counter() - started_at)
+            results = with_totals(results, self.run.path, time.perf_counter() - started_at)
             self.run.note(results=results)
         checkpoints.remove()
         return results
@@ -290,12 +287,13 @@ class DistillationTrainer:
     def _prepare(self, journal: Journal, goes_on: bool) -> None:
         """Bring the models to where the stages begin, or to where the run was stopped."""
         backbone = self.backbone_trainer
+        if self.resume and backbone.is_prepared and not goes_on:
+            logger.warning("Nothing was saved: the run begins from the student as it is now.")
         backbone.prepare()
         if backbone.stitches is not None:
             journal.modules["stitches"] = backbone.stitches
         if goes_on:
-            if not journal.was_tied:
-                untie_lm_head(backbone.student)
+            (tie_lm_head if journal.was_tied else untie_lm_head)(backbone.student)
             journal.put_back()
         self._share_what_is_known()
 
@@ -306,16 +304,29 @@ class DistillationTrainer:
         if goes_on:
             check_same_settings(self.run.path / "config.json", settings)
         self.run.write_json("config.json", settings)
+        self.run.write_manifest()
         if self.keep_start and not goes_on:
             self.run.write_folder("start", fill)
 
-    def _with_totals(self, results: dict[str, Any], seconds: float) -> dict[str, Any]:
-        rows = [*results["blocks"], *(results[k] for k in ("head", "polish") if results[k])]
-        results["output_dir"] = str(self.run.path)
-        results["student_path"] = str(self.run.path / FINAL_NAME)
-        results["skipped_batches"] = sum(row["skipped"] for row in rows)
-        results["seconds"] = seconds
-        return results
+    def _stage_settings(
+        self,
+        backbone: dict[str, Any],
+        head: dict[str, Any] | None,
+        polish: dict[str, Any] | None,
+    ) -> list[StageSettings]:
+        """Check the arguments of all stages, before any of them runs."""
+        own = self.backbone_trainer.stage_settings(**backbone)
+        if head is not None:
+            own.append(self.head_trainer.stage_settings(**head))
+        if polish is not None:
+            own.append(self.polish_trainer.stage_settings(**polish))
+        return own
+
+    def _total_steps(self, own: Sequence[StageSettings]) -> int:
+        backbone = self.backbone_trainer
+        epochs, blocks = [stage.epochs for stage in own], backbone.student.num_blocks
+        counted = counted_epochs(backbone.config.schedule, epochs[:blocks], epochs[blocks:])
+        return counted * backbone.steps_per_epoch()
 
     def _train_stages(
         self,
@@ -358,23 +369,6 @@ class DistillationTrainer:
                 backbone.config.first_hidden_position,
                 backbone.trains_stitches,
             )
-
-    def _check_stages_learn(self, with_head: bool, with_polish: bool) -> None:
-        """Let every stage of the run overfit a few windows, on states of its own."""
-        backbone = self.backbone_trainer
-        first = next(iter(backbone.batches(0)))
-        batch = rows_of(first, list(range(min(WINDOWS, len(first.input_ids)))))
-        states = Activations(backbone.teacher, backbone.student, GATE_BYTES)
-        stages: list[Stage] = [*backbone.stages(states)]
-        tied = backbone.config.head_tying == "tie"
-        with nullcontext() if tied else untied_for_now(backbone.student):
-            if with_head:
-                trainer = self.head_trainer
-                weight = trainer.config.logit_loss_weight
-                stages.append(HeadStage(states, trainer.logit_loss_fn, loss_weight=weight))
-            if with_polish:
-                stages.append(self.polish_trainer.stage(states))
-            check_stages_learn(stages, batch, backbone.precision, backbone.device)
 
     def _settings(
         self,

@@ -67,6 +67,16 @@ def save_student(
     logger.info("The student is in %s and, for transformers, in %s.", path, path.parent / "final")
 
 
+def with_totals(results: dict[str, Any], path: Path, seconds: float) -> dict[str, Any]:
+    """Add to what the stages returned where it is, and what they sum to."""
+    rows = [*results["blocks"], *(results[k] for k in ("head", "polish") if results[k])]
+    results["output_dir"] = str(path)
+    results["student_path"] = str(path / FINAL_NAME)
+    results["skipped_batches"] = sum(row["skipped"] for row in rows)
+    results["seconds"] = seconds
+    return results
+
+
 def fill_folder(student: Any, tokenizer: Any, folder: Path) -> None:
     """Write student and tokenizer as transformers reads them, unless a weight is not finite."""
     refuse_nonfinite(student.state_dict(), f"{folder} was not written")

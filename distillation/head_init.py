@@ -51,6 +51,20 @@ def untie_lm_head(stack: BlockStack) -> bool:
     return True
 
 
+def tie_lm_head(stack: BlockStack) -> None:
+    """Make the head the embeddings again, for a run that goes on from before it was untied.
+
+    Only a student that stayed in memory, as in a notebook, can have come further than its run's
+    last checkpoint.
+    """
+    if head_is_tied(stack):
+        return
+    model = stack.model
+    stack.lm_head.weight = model.get_input_embeddings().weight
+    model.config.tie_word_embeddings = True
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+
 def can_copy_head(teacher: BlockStack, student: BlockStack, *, stitched: bool) -> bool:
     """Whether the teacher's final norm and head fit the student's hidden states as they are.
 

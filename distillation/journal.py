@@ -10,7 +10,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -250,6 +250,17 @@ class Journal:
             self._stop_if_asked(f"at the end of {name}; everything until there is saved")
         faultpoint("stage.handed_over")
 
+    def stop_if_asked(self, where: str) -> None:
+        """Stop where nothing can be saved, if that was asked.
+
+        Args:
+            where: For the message.
+
+        Raises:
+            Stopped: If a signal came.
+        """
+        self._stop_if_asked(f"{where}; it goes on from the last checkpoint, if there is one")
+
     def _stop_if_asked(self, where: str) -> None:
         if self._ranks.any(self.stop.signal is not None):
             number = int(self.stop.signal or 15)
@@ -349,51 +360,13 @@ def check_same_settings(path: Path, settings: Values) -> None:
         )
 
 
-def optimizer_tensors(optimizer: Any) -> tuple[Tensors, Values]:
-    """An optimizer's state as tensors and plain numbers, by parameter and name.
+def counted_epochs(schedule: str, blocks: Sequence[int], others: Sequence[int]) -> int:
+    """The passes over the data whose steps a run's journal counts.
 
-    Raises:
-        CheckpointError: If it holds something else.
+    Args:
+        schedule: Blocks together are counted once, decoupled ones apart.
+        blocks: Epochs of each student block.
+        others: Epochs of the head and of the polish, if there are any.
     """
-    tensors: Tensors = {}
-    values: Values = {}
-    for index, state in optimizer.state_dict()["state"].items():
-        for key, value in state.items():
-            if isinstance(value, Tensor):
-                tensors[f"{index}/{key}"] = value
-            elif is_plain(value):
-                values[f"{index}/{key}"] = value
-            else:
-                raise CheckpointError(
-                    f"{type(optimizer).__name__} keeps a {type(value).__name__} under {key!r};"
-                    " a checkpoint cannot hold that.",
-                    "Use another optimizer_cls, or make no checkpoints inside stages"
-                    " (checkpoint_minutes=0).",
-                )
-    for index, group in enumerate(optimizer.state_dict()["param_groups"]):
-        values |= {
-            f"group {index}/{key}": value
-            for key, value in group.items()
-            if key not in ("params", "lr") and is_plain(value)
-        }
-    return tensors, values
-
-
-def is_plain(value: Any) -> bool:
-    """Whether JSON gives a value back as it was, up to tuples, which become lists."""
-    if isinstance(value, (list, tuple)):
-        return all(map(is_plain, value))
-    return value is None or isinstance(value, (bool, int, float, str))
-
-
-def load_optimizer(optimizer: Any, tensors: Tensors, values: Values) -> None:
-    """Give an optimizer back what :func:`optimizer_tensors` returned."""
-    state: dict[int, dict[str, Any]] = {}
-    groups = optimizer.state_dict()["param_groups"]
-    for name, value in {**tensors, **values}.items():
-        index, key = name.split("/", 1)
-        if index.startswith("group "):
-            groups[int(index.removeprefix("group "))][key] = value
-        else:
-            state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    counted = {"sequential": sum(blocks), "parallel_local": max(blocks), "decoupled": 0}
+    return counted[schedule] + sum(others)

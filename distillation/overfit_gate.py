@@ -9,6 +9,8 @@ import copy
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +18,9 @@ from torch import nn
 from cleangpt.errors import InputError
 from cleangpt.runtime.module_state import preserved_modes
 from cleangpt.runtime.precision import Precision
+from distillation.activations import Activations, rows_of
 from distillation.batch import Batch
+from distillation.logit_stages import HeadStage, untied_for_now
 from distillation.stages import Stage
 
 logger = logging.getLogger(__name__)
@@ -26,6 +30,33 @@ LEARNING_RATE = 3e-3
 MUST_FALL_BY = 0.1
 ALREADY_LEARNT = 1e-3
 WINDOWS = 2
+GATE_BYTES = 256 * 2**20
+"""Memory for the states of the few windows that are looked at."""
+
+
+def check_run_learns(backbone: Any, head: Any, polish: Any) -> None:
+    """Let every stage of a run overfit a few windows, on states of its own.
+
+    Args:
+        backbone: The run's backbone trainer.
+        head: Its head trainer; None if there is no head phase.
+        polish: Its polish trainer; None if there is no polish.
+
+    Raises:
+        InputError: As :func:`check_stages_learn`.
+    """
+    first = next(iter(backbone.batches(0)))
+    batch = rows_of(first, list(range(min(WINDOWS, len(first.input_ids)))))
+    states = Activations(backbone.teacher, backbone.student, GATE_BYTES)
+    stages: list[Stage] = [*backbone.stages(states)]
+    tied = backbone.config.head_tying == "tie"
+    with nullcontext() if tied else untied_for_now(backbone.student):
+        if head is not None:
+            weight = head.config.logit_loss_weight
+            stages.append(HeadStage(states, head.logit_loss_fn, loss_weight=weight))
+        if polish is not None:
+            stages.append(polish.stage(states))
+        check_stages_learn(stages, batch, backbone.precision, backbone.device)
 
 
 def check_stages_learn(

@@ -13,6 +13,7 @@ from torch import nn
 from cleangpt.blocks import BlockStack
 from cleangpt.metrics_log import format_seconds
 from distillation.cache_plan import CachePlan, shown_bytes
+from distillation.disk_needs import disk_needs, trains_whole_student
 from distillation.losses.chunked import LOGITS_AT_ONCE
 from distillation.probe import Costs
 
@@ -185,21 +186,34 @@ def plan_run(
         stages.append(_polish_stage(teacher, student, work, costs))
     kept = int(share * cache_bytes)
     in_memory, on_disk = (kept, 0) if cache.kind == "ram" else (0, kept)
-    weights = 4 * (parameters(teacher.model) + parameters(student.model))
-    work_space = max(_stage_memory(student, work, block) for block in range(student.num_blocks))
+    memory = memory_parts(teacher, student, work, in_memory)
+    trains_all = work.polish_epochs > 0 or trains_whole_student(work.schedule, work.freeze_previous)
+    disk = disk_needs(teacher, student, trains_all=trains_all, states=on_disk)
+    return RunPlan(stages, share, cache, cache_bytes, sum(memory.values()), disk.total)
+
+
+def memory_parts(
+    teacher: BlockStack, student: BlockStack, work: Workload, kept_bytes: int
+) -> dict[str, int]:
+    """What the memory of a run is for at its peak, in bytes.
+
+    Args:
+        teacher: The teacher, with or without weights.
+        student: The student, with or without weights.
+        work: What is trained on.
+        kept_bytes: Frozen states that are kept in memory.
+    """
+    training = max(_stage_memory(student, work, block) for block in range(student.num_blocks))
     if work.head_epochs is not None:
-        work_space = max(work_space, _head_memory(student))
+        training = max(training, _head_memory(student))
     if work.polish_epochs:
-        work_space = max(work_space, _polish_memory(student, work))
-    student_files = 2 * 4 * (parameters(student.model) + _head_parameters(student))
-    return RunPlan(
-        stages,
-        share,
-        cache,
-        cache_bytes,
-        weights + in_memory + work_space + _states_memory(teacher, student, work),
-        student_files + on_disk,
-    )
+        training = max(training, _polish_memory(student, work))
+    return {
+        "both models": 4 * (parameters(teacher.model) + parameters(student.model)),
+        "kept states": kept_bytes,
+        "gradients, moments and activations of the stage in training": training,
+        "a batch on its way through the teacher": _states_memory(teacher, student, work),
+    }
 
 
 def block_flops(stack: BlockStack, index: int, seq_len: int) -> float:
@@ -316,7 +330,7 @@ def _stage_memory(student: BlockStack, work: Workload, block: int) -> int:
     trained = blocks[block]
     if block == 0:  # what is no block is the embeddings, mostly
         trained += parameters(student.model) - sum(blocks)
-    if work.schedule == "parallel_local" or not work.freeze_previous:
+    if trains_whole_student(work.schedule, work.freeze_previous):
         trained = parameters(student.model)
     # What a block's graph keeps: norms, queries, keys, values, the MLP inside and out.
     graph = work.batch_size * work.seq_len * 20 * student.hidden_size * 4

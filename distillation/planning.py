@@ -1,11 +1,13 @@
 """A trainer's models, data and settings, turned into the plan of its run."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
 from cleangpt.blocks import BlockStack
-from cleangpt.errors import UsageError
+from cleangpt.errors import OutOfMemory, UsageError, ran_out_of_memory
 from distillation.activations import kept_widths
 from distillation.cache_plan import (
     cache_setting,
@@ -15,6 +17,7 @@ from distillation.cache_plan import (
     plan_cache,
     positions_in,
 )
+from distillation.memory_advice import memory_advice
 from distillation.passes import passes_of
 from distillation.plan import RunPlan, Workload, plan_run
 from distillation.probe import measure_costs, shrunk
@@ -75,6 +78,40 @@ def small_widths(
     """The widths of the states that are kept, of models with or without weights."""
     small = [BlockStack(shrunk(model, 1)) for model in (teacher_model, student_model)]
     return kept_widths(small[0], small[1], block_inputs)
+
+
+@contextmanager
+def memory_explained(
+    trainer: BackboneDistillationTrainer,
+    head: dict[str, Any] | None,
+    polish: dict[str, Any] | None,
+) -> Iterator[None]:
+    """Turn the many errors about memory into one that says what to lower, and by how much.
+
+    Args:
+        trainer: Its models and data are what memory is for.
+        head: The arguments of the head phase; None if it does not run.
+        polish: Those of the polish, likewise.
+
+    Raises:
+        OutOfMemory: If memory ran out inside the block. Nothing is saved then: the last checkpoint
+            stays the newest.
+    """
+    try:
+        yield
+    except Exception as error:
+        positions = positions_in(trainer.train_dataloader)
+        if not ran_out_of_memory(error) or isinstance(error, OutOfMemory) or positions is None:
+            raise
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        epochs = (
+            [1] * trainer.student.num_blocks,
+            None if head is None else 1,
+            int(polish is not None),
+        )
+        work = _workload(trainer, positions, epochs, levels_fit=False)
+        kept = trainer.activations.expected["ram"]
+        raise memory_advice(said, trainer.teacher, trainer.student, work, kept) from error
 
 
 def _workload(

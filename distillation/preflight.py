@@ -4,8 +4,10 @@ import logging
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cleangpt.blocks import BlockStack
+from cleangpt.data.overlap import OVERLAP_WORTH_A_WARNING, contained_share
 from cleangpt.errors import InputError, UsageError
 from cleangpt.runtime.module_state import preserved_modes
 from cleangpt.runtime.ranks import Ranks
@@ -61,6 +63,39 @@ def check_widths(teacher: BlockStack, student: BlockStack, *, stitched: bool) ->
         )
 
 
+def number_blocks(student: BlockStack) -> None:
+    """Give blocks that were dropped or copied by hand the numbers by which they find their cache.
+
+    With a number twice, decoding with a cache gives other tokens than without; with one that is too
+    high it fails.
+
+    Raises:
+        InputError: If one block stands in two places: each has to learn on its own.
+    """
+    blocks = [student.block(index) for index in range(student.num_blocks)]
+    if len({id(block) for block in blocks}) < len(blocks):
+        raise InputError(
+            f"The {len(blocks)} blocks of the student are {len({id(b) for b in blocks})} modules:"
+            " one of them stands in several places.",
+            "Put a copy in each place (copy.deepcopy), so that each can learn on its own.",
+        )
+    numbered: list[list[Any]] = [
+        [
+            module
+            for module in block.modules()
+            if isinstance(getattr(module, "layer_idx", None), int)
+        ]
+        for block in blocks
+    ]
+    numbers = [modules[0].layer_idx for modules in numbered if modules]
+    if len(set(numbers)) == len(numbers) and all(number < len(blocks) for number in numbers):
+        return
+    logger.warning("The student's blocks were numbered %s; they are numbered anew.", numbers)
+    for index, modules in enumerate(numbered):
+        for module in modules:
+            module.layer_idx = index
+
+
 def check_vocabulary(teacher: BlockStack, student: BlockStack, tokenizer: Any) -> None:
     """Refuse a student or tokenizer whose token ids are not the teacher's.
 
@@ -105,6 +140,27 @@ def log_shared_rows(teacher: BlockStack, student: BlockStack) -> None:
             student.vocab_size - shared,
             shared,
         )
+
+
+def warn_of_overlap(train_loader: Any, validation_loader: Any) -> float:
+    """Say if held-out text was trained on; return the share, 0.0 where loaders do not tell.
+
+    The weights are kept by the loss on that text, which then praises what was learnt by heart.
+    """
+    train = getattr(train_loader, "dataset", None)
+    held_out = getattr(validation_loader, "dataset", None)
+    held_out = getattr(held_out, "dataset", held_out)  # a Subset's
+    sketch, tokens = getattr(train, "sketch", None), getattr(held_out, "tokens", None)
+    if sketch is None or not isinstance(tokens, Tensor):
+        return 0.0
+    share = contained_share(tokens, sketch)
+    if share >= OVERLAP_WORTH_A_WARNING:
+        logger.warning(
+            "%.0f %% of the validation text is in the training text: a validation loss on it says"
+            " little. Give other held-out text.",
+            100 * share,
+        )
+    return share
 
 
 def check_same_batches(ranks: Ranks, batch: Batch) -> None:

@@ -19,6 +19,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cleangpt.errors import UsageError
 
+WORKER_SECONDS = 300.0
+"""How long a worker process may take for one batch: one that hangs must not hang the run."""
+
 
 def _generator(seed: int, epoch: int) -> torch.Generator:
     """A generator seeded by a hash, so neighbouring seeds and epochs have unrelated orders."""
@@ -94,6 +97,7 @@ def make_dataloader(
         collate_fn=collator,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
+        timeout=WORKER_SECONDS if num_workers else 0.0,
         # The loader draws a seed for its workers each epoch, from torch's global generator if it
         # has none of its own.
         generator=_generator(seed, -1),

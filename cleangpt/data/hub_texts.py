@@ -4,6 +4,7 @@ This file and ``streams`` alone import ``datasets``, inside their functions. The
 asked before the network; see ``cleangpt.hub``.
 """
 
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +16,13 @@ from cleangpt.data.text_sources import (
     hold_out,
     no_such_split,
 )
-from cleangpt.errors import CleanGPTError, InputError
+from cleangpt.errors import CleanGPTError, EnvironmentProblem, InputError
 from cleangpt.hub import is_hub_reachable, offline, refused, unreachable
 
+logger = logging.getLogger(__name__)
+
 _FLAG = "--dataset_name"
+_CUT_SHORT = re.compile(r"Expected to (?:be able to )?read \d+|Tried reading schema message")
 _UNKNOWN_SPLIT = re.compile(r"(?:Unknown|Bad) split:? .*?\[(.*)\]", re.DOTALL)
 
 
@@ -46,14 +50,31 @@ def _open(name: str, config_name: str | None, split: str, streaming: bool) -> An
     except Exception as error:
         # Not in the cache, or not this configuration or split: the hub knows more, if it answers.
         in_cache = error
+    again: dict[str, Any] = {}
+    if _CUT_SHORT.search(str(in_cache)):  # the library would fail on such a file for ever
+        logger.warning("data set %r is damaged in the cache (%s); building it anew", name, in_cache)
+        again = {"download_mode": "reuse_cache_if_exists"}
     if not is_hub_reachable():
+        if again:
+            raise _damaged(name, in_cache)
         if _UNKNOWN_SPLIT.search(str(in_cache)):
             raise in_cache
         raise unreachable("data set", name, flag=_FLAG)
     try:
-        return datasets.load_dataset(name, config_name, split=split, streaming=streaming)
+        return datasets.load_dataset(name, config_name, split=split, streaming=streaming, **again)
     except (ConnectionError, FileNotFoundError, OSError) as error:
         raise refused("data set", name, error, flag=_FLAG) from error
+
+
+def _damaged(name: str, error: Exception) -> EnvironmentProblem:
+    import datasets
+
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")
+    return EnvironmentProblem(
+        f"data set {name!r} is damaged in the cache ({' '.join(str(error).split())}), and the hub"
+        " cannot be reached to build it anew.",
+        f"Delete {folder} and fetch it again with a network, or pass a local path to {_FLAG}.",
+    )
 
 
 def open_named(name: str, config_name: str | None, split: str, *, streaming: bool = False) -> Any:

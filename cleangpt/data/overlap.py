@@ -16,6 +16,8 @@ from torch import Tensor
 
 NGRAM = 16
 SKETCH_SIZE = 2048
+OVERLAP_WORTH_A_WARNING = 0.02
+"""Quotations and boilerplate stay below it; a shared document does not."""
 
 Hashes: TypeAlias = "np.ndarray[tuple[int, ...], np.dtype[np.uint64]]"
 

@@ -4,14 +4,17 @@ A file's name is a hash of everything the stream depends on: the documents, the 
 its vocabulary, the special tokens around documents and the version of the packing. A file is
 written under another name and then renamed, so two processes cannot spoil each other's; its
 checksum is compared on every use. One that is damaged is made again, and a place that cannot be
-used costs a warning and nothing else. Nothing is ever deleted here: the folder can be, at any time.
+used costs a warning and nothing else. No whole file is ever deleted here: the folder can be, at any
+time.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -26,8 +29,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from cleangpt.data.text_sources import texts_fingerprint
+from cleangpt.disk_errors import disk_errors_explained
 from cleangpt.errors import EnvironmentProblem
-from cleangpt.run_directory import disk_errors_explained, write_atomically
+from cleangpt.run_directory import write_atomically
 from cleangpt.runtime.module_state import tensors_checksum
 
 logger = logging.getLogger(__name__)
@@ -36,6 +40,7 @@ MIN_CHARACTERS = 1_000_000
 """Shorter texts are tokenized in less than half a second; a file of them would only be clutter."""
 
 _FORMAT_VERSION = "1"
+_OLD_SECONDS = 24 * 3600.0
 
 
 class TokenStream(NamedTuple):
@@ -169,6 +174,7 @@ def _write(path: Path, stream: TokenStream) -> None:
     try:
         with disk_errors_explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            _remove_remains(path.parent)
         write_atomically(path, lambda place: save_file(tensors, place, metadata=_about(tensors)))
     except EnvironmentProblem as error:
         _say_not_kept(path.parent, error.cause)
@@ -176,6 +182,14 @@ def _write(path: Path, stream: TokenStream) -> None:
         _say_not_kept(path.parent, str(error))
     else:
         logger.info("Tokens kept for the next run in %s", path)
+
+
+def _remove_remains(directory: Path) -> None:
+    """Remove what a killed process left half-written; nobody writes one file for a day."""
+    for path in directory.glob(".*.safetensors.*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > _OLD_SECONDS:
+                path.unlink()
 
 
 @cache

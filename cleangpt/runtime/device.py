@@ -18,6 +18,12 @@ def resolve_device(name: str | torch.device) -> torch.device:
             f" {', '.join(available_device_types())}.",
             f"Pass --device {available_device_types()[0]}, or install PyTorch for {device.type}.",
         )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"The device {str(name)!r} was asked for, and this machine has"
+            f" {torch.cuda.device_count()} GPUs.",
+            f"Choose cuda:0 to cuda:{torch.cuda.device_count() - 1}.",
+        )
     return device
 
 

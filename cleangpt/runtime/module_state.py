@@ -1,7 +1,7 @@
 """What a stage changes about modules besides their weights, and how it is put back."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,11 @@ def preserved_modes(*models: nn.Module) -> Iterator[None]:
             module.training = training
         for parameter, requires_grad in flags:
             parameter.requires_grad_(requires_grad)
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of the tensors that hold NaN or infinite numbers."""
+    return [n for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
 
 
 def tensors_fingerprint(named_tensors: Iterable[tuple[str, Tensor]]) -> str:

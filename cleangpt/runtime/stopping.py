@@ -1,7 +1,9 @@
 """SIGTERM and Ctrl-C ask a run to stop; it finishes its step and saves.
 
-Handlers can only be set in the main thread: elsewhere, as in some notebooks, signals do what they
-always do. A second Ctrl-C interrupts at once.
+Before a run has begun, and in an evaluation, there is nothing to save: there SIGTERM ends a command
+as Ctrl-C does, by an exception that lets everything be put in order. Handlers can only be set in
+the main thread: elsewhere, as in some notebooks, signals do what they always do. A second Ctrl-C
+interrupts at once.
 """
 
 import logging
@@ -14,6 +16,42 @@ from types import FrameType
 logger = logging.getLogger(__name__)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as an exception in the main thread."""
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Let SIGTERM raise :class:`Terminated` inside the block, once, unless somebody handles it."""
+    if not _is_main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what puts things in order is left alone
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Let signals wait until the block is over, for files that belong together."""
+    request = StopRequest()
+    with request.listening():
+        yield
+    if request.signal is not None:
+        signal.raise_signal(request.signal)
+
+
+def _is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
 class StopRequest:
     """Whether a signal has asked to stop, and which."""
 
@@ -23,7 +61,7 @@ class StopRequest:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Take SIGTERM and SIGINT as requests inside the block; nested blocks change nothing."""
-        if threading.current_thread() is not threading.main_thread():
+        if not _is_main_thread():
             logger.warning(
                 "Signals reach the main thread alone, and this run is in another one: Ctrl-C and"
                 " SIGTERM will not save it first. Its last checkpoint stays."

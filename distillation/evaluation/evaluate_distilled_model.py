@@ -131,6 +131,7 @@ def _evaluate(
     settings: "EvaluationSettings",
 ) -> "EvaluationResult":
     """Measure, and add what only the command knows: where models and text came from."""
+    from cleangpt.data.overlap import OVERLAP_WORTH_A_WARNING
     from distillation.evaluation.evaluator import evaluate
     from distillation.evaluation.loading import share_trained_on
     from distillation.evaluation.training_record import add_local_errors
@@ -160,10 +161,6 @@ def _evaluate(
         seen = f"The student was trained on {share:.0%} of {text}: its figures say little;"
         result["notes"].insert(0, f"{seen} evaluate on another split.")
     return result
-
-
-OVERLAP_WORTH_A_WARNING = 0.02
-"""Quotations and boilerplate stay below it; a shared document does not."""
 
 
 def build_parser() -> CommandParser:

@@ -17,15 +17,20 @@ from torch import nn
 import model as students
 from cleangpt.data import TextDataset
 from cleangpt.data.overlap import contained_share
-from cleangpt.errors import CheckpointError, InputError
+from cleangpt.errors import CheckpointError, InputError, ran_out_of_memory
 from cleangpt.hub import local_path
 from cleangpt.integrity import check_sums, parse_json_object
 from cleangpt.manifest import read_manifest
 from cleangpt.teacher import TOKENIZER_FILES, load_teacher, quiet_libraries
-from cleangpt.teacher_files import attention_of
+from cleangpt.teacher_files import attention_of, why_unreadable
 from cleangpt.vocabulary import check_same_tokens
 from cleangpt.weight_files import check_blocks, check_file, check_folder
-from distillation.evaluation.student_files import first_line, load_pt, student_class
+from distillation.evaluation.student_files import (
+    first_line,
+    load_pt,
+    load_unfinished,
+    student_class,
+)
 from distillation.evaluation.training_record import local_errors
 from stitching_layers import StitchingLayers, load_stitches
 
@@ -87,6 +92,9 @@ def load_model(
     path = local_path(name, flag=flag, suffixes=(".pt", ".gguf"))
     if path is None or path.suffix == ".gguf":
         return _load_like_teacher(name, device, trust_remote_code)
+    unfinished = _load_half_way(path, model_type, device)
+    if unfinished is not None:
+        return unfinished
     location = _locate(path)
     if location.suffix == ".gguf":
         return _load_like_teacher(str(location), device, trust_remote_code)
@@ -109,6 +117,21 @@ def load_model(
     )
 
 
+def _load_half_way(
+    path: Path, model_type: str | None, device: torch.device | str
+) -> LoadedModel | None:
+    """The student of a run that has no result yet; None if there is one, or no checkpoint."""
+    has_result = any((path / name).exists() for name in ("final", CHECKPOINT_NAME))
+    if has_result or not (path / "manifest.json").is_file():
+        return None
+    found = load_unfinished(path, model_type)
+    if found is None:
+        return None
+    loaded, label = found
+    source = str(path / "checkpoints")
+    return LoadedModel(loaded.to(device).eval(), label, source, path, notes=_run_notes(path))
+
+
 def _load_like_teacher(
     name: str, device: torch.device | str, trust_remote_code: bool
 ) -> LoadedModel:
@@ -127,8 +150,9 @@ def _locate(path: Path) -> Path:
         return path / CHECKPOINT_NAME
     if (path / "manifest.json").is_file():
         raise CheckpointError(
-            f"{path} is an unfinished run: it holds neither final/ nor {CHECKPOINT_NAME}.",
-            "Let the run finish, or name one of its .pt checkpoints.",
+            f"{path} is an unfinished run without a checkpoint: it holds neither final/ nor"
+            f" {CHECKPOINT_NAME}.",
+            "Let the run go on until it has saved something (--checkpoint_steps), or to its end.",
         )
     if (path / "config.json").is_file():
         return path
@@ -209,11 +233,11 @@ def _explained(folder: Path, load: Callable[[], Any]) -> Any:
             "Name a folder of a decoder-only model; one with its own code needs "
             "--trust_remote_code.",
         ) from error
-    except MemoryError:
-        raise
     except Exception as error:  # weights that are damaged or hostile break the library in any way
+        if ran_out_of_memory(error):
+            raise
         raise CheckpointError(
-            f"The weights in {folder} cannot be read: {first_line(error)}",
+            f"The weights in {folder} cannot be read: {why_unreadable(error)}",
             "The folder is incomplete or damaged; copy or save the model again.",
         ) from error
 

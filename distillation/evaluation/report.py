@@ -1,7 +1,8 @@
 """Write an evaluation to a folder: JSON, Markdown, PNG plots and one self-contained HTML page.
 
-Every file is complete or not there. Two evaluations that write to one folder at the same time get a
-folder each. Numbers come from ``evaluator.py``; this file measures nothing.
+Every file is complete or not there, and a signal waits until all are. Two evaluations that write to
+one folder at the same time get a folder each. Numbers come from ``evaluator.py``; this file
+measures nothing.
 """
 
 import base64
@@ -13,8 +14,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from cleangpt.disk_errors import disk_errors_explained
 from cleangpt.errors import EnvironmentProblem
-from cleangpt.run_directory import disk_errors_explained, write_atomically
+from cleangpt.run_directory import write_atomically
+from cleangpt.runtime.stopping import held_back
 from cleangpt.safe_text import clean_line, clean_text
 from distillation.evaluation import plots, tables
 from distillation.evaluation.audit_table import AUDIT_SENTENCE, AUDIT_TITLE, Table, read_audit
@@ -68,7 +71,7 @@ def write_report(
         "report.html": report_html(result, light, dark, audit).encode(),
         **light,
     }
-    with _own_folder(Path(output_dir)) as folder:
+    with _own_folder(Path(output_dir)) as folder, held_back():
         return {name: _write(folder / name, content) for name, content in contents.items()}
 
 
@@ -209,7 +212,7 @@ def _hidden_sentence(result: EvaluationResult) -> str:
 
 
 def _write(path: Path, content: bytes) -> Path:
-    return write_atomically(path, lambda temporary: temporary.write_bytes(content))
+    return write_atomically(path, lambda temporary: temporary.write_bytes(content), len(content))
 
 
 @contextmanager

@@ -1,6 +1,6 @@
-"""A student from one ``.pt`` file: its class by what is saved, its weights strictly.
+"""A student from what was saved of it: its class by what is saved, its weights strictly.
 
-What the file's configuration describes is compared with the tensors in the file before anything of
+What the configuration describes is compared with the tensors in the file before anything of
 that size is built.
 """
 
@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import model as students
+from cleangpt.blocks import BlockStack
+from cleangpt.checkpoints import Checkpoints
 from cleangpt.errors import CheckpointError, InputError, UsageError
+from cleangpt.manifest import read_manifest
 from cleangpt.teacher_files import attention_of
 from cleangpt.weight_files import check_blocks
+from distillation.head_init import untie_lm_head
 from distillation.utils.checkpoint import check_fits, load_checkpoint, load_strictly
 
 
@@ -34,8 +38,55 @@ def load_pt(path: Path, model_type: str | None) -> tuple[nn.Module, str]:
     saved = load_checkpoint(path)
     metadata, state = saved["metadata"], saved["model_state_dict"]
     saved_type, class_name = str(saved["model_type"]), metadata.get("model_class")
-    known = student_class(saved_type, class_name, model_type, path)
-    config = _config_of(path, saved_type, class_name, saved["config"], known)
+    student = _built(path, (saved_type, class_name), saved["config"], state, model_type)
+    load_strictly(student, state, path)
+    return student, _label(saved_type, metadata.get("step"), metadata.get("total_steps"))
+
+
+def load_unfinished(run_dir: Path, model_type: str | None) -> tuple[nn.Module, str] | None:
+    """The student as a run that is going on, or was stopped, last saved it; None if it never did.
+
+    Args:
+        run_dir: A run's directory, with its manifest.
+        model_type: The kind of student expected; None takes what is saved.
+
+    Raises:
+        CheckpointError: If the manifest or all checkpoints are damaged.
+    """
+    folder = run_dir / "checkpoints"
+    manifest = (read_manifest(run_dir) or {}) if folder.is_dir() else {}
+    config = manifest.get("student_config")
+    if config is None:
+        return None
+    found = Checkpoints(folder, str(manifest["run_id"]), writes=False).newest()
+    if found is None:
+        return None
+    prefix = "weights/student/"
+    state = {n.removeprefix(prefix): t for n, t in found.tensors.items() if n.startswith(prefix)}
+    names = str(config.get("model_type")), manifest["student"]["class"]
+    student = _built(folder, names, config, state, model_type)
+    if not found.state["head_is_tied"]:
+        untie_lm_head(BlockStack(student))
+    load_strictly(student, state, folder)
+    return student, _label(names[0], found.state["steps"], manifest.get("total_steps"))
+
+
+def _label(name: str, step: Any, total: Any) -> str:
+    """The name that tables and plots show: of half a training, how much it was."""
+    is_half = isinstance(step, int) and isinstance(total, int) and step < total
+    return f"{name} (step {step} of {total})" if is_half else name
+
+
+def _built(
+    path: Path,
+    names: tuple[str, str | None],
+    fields: dict[str, Any],
+    state: dict[str, Tensor],
+    model_type: str | None,
+) -> nn.Module:
+    """A new model of the saved type and class that the tensors fit, as its outline has shown."""
+    known = student_class(*names, model_type, path)
+    config = _config_of(path, *names, fields, known)
     build: Callable[[], nn.Module] = partial(known or _stock_model, config)
     try:
         check_blocks(config, len(state))
@@ -44,13 +95,7 @@ def load_pt(path: Path, model_type: str | None) -> tuple[nn.Module, str]:
     except Exception as error:  # every family checks its fields with errors of its own
         raise _no_model(path, error) from error
     check_fits(outline, state, path)
-    student = build()
-    load_strictly(student, state, path)
-    step, total = metadata.get("step"), metadata.get("total_steps")
-    label = saved_type
-    if isinstance(step, int) and isinstance(total, int) and step < total:
-        label += f" (step {step} of {total})"
-    return student, label
+    return build()
 
 
 def _config_of(

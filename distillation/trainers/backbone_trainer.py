@@ -256,7 +256,7 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
         stitches = self.stitches
         if self.stitches_are_stale:
             stitches = fit_read_outs(
-                self.teacher, self.student, stitches, self.batches(0), READ_OUT_TOKENS
+                self.teacher, self.student, stitches, self.batches_to_measure(), READ_OUT_TOKENS
             )
         refuse_nonfinite(stitches.state_dict(), "the stitching layers were not written")
         self.run.write_bytes("stitching_layers.safetensors", stitches_to_bytes(stitches))
@@ -275,7 +275,7 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
         tokens = self.config.audit_tokens or DistillationConfig.audit_tokens
         self.teacher_model.eval()
         with self.precision.autocast(self.device):
-            self.audit = audit_teacher(self.teacher, self.batches(0), tokens)
+            self.audit = audit_teacher(self.teacher, self.batches_to_measure(), tokens)
         width = self.student.hidden_size
         logger.info("The teacher's hidden states:\n%s", self.audit.shown(width))
         self.run.write_json("audit.json", {**self.audit.to_json(), "student_width": width})
@@ -351,7 +351,7 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
             self.teacher_model.eval()
             self.student_model.eval()
             with self.precision.autocast(self.device):
-                stage.fit_stitch(self.batches(0), STITCH_FIT_TOKENS)
+                stage.fit_stitch(self.batches_to_measure(), STITCH_FIT_TOKENS)
 
     def _stage(self, block: int, activations: Activations) -> BlockStage:
         return BlockStage(

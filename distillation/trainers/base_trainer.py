@@ -22,7 +22,7 @@ from cleangpt.blocks import BlockStack
 from cleangpt.errors import InputError, UsageError
 from cleangpt.metrics_log import RunProgress
 from cleangpt.run_directory import RunDirectory
-from cleangpt.runtime.device import seed_generators
+from cleangpt.runtime.device import resolve_device, seed_generators
 from cleangpt.runtime.fused_gelu import fused_gelu
 from cleangpt.runtime.module_state import preserved_modes, tensors_fingerprint
 from cleangpt.runtime.precision import choose_precision
@@ -31,9 +31,16 @@ from distillation.activations import Activations
 from distillation.batch import Batch, as_batch
 from distillation.cache_plan import positions_in
 from distillation.config import DistillationConfig, StageSettings
+from distillation.disk_needs import check_disk_room, disk_needs, trains_whole_student
 from distillation.journal import Journal
 from distillation.passes import enter_pass, passes_of
-from distillation.preflight import check_batch, check_structure, check_vocabulary
+from distillation.preflight import (
+    check_batch,
+    check_structure,
+    check_vocabulary,
+    number_blocks,
+    warn_of_overlap,
+)
 from distillation.stages import Stage
 from distillation.trainers.stage_group import StageGroup
 from distillation.trainers.stage_loop import StageResult, derived_seed
@@ -61,7 +68,7 @@ class BaseDistillationTrainer:
 
     Raises:
         InputError: If a model's blocks cannot be found, or vocabularies do not match.
-        UsageError: If the settings cannot work together.
+        UsageError: If the settings cannot work together, or this machine lacks the device.
     """
 
     def __init__(
@@ -82,7 +89,7 @@ class BaseDistillationTrainer:
         self.tokenizer = tokenizer
         self.train_dataloader = train_dataloader
         self.validation_dataloader = validation_dataloader
-        self.device = torch.device(device)
+        self.device = resolve_device(device)
         self.ranks = join(self.device)
         self.current_pass = 0
         self.run = run
@@ -97,6 +104,7 @@ class BaseDistillationTrainer:
         self.journal = Journal({"student": student_model}, self.ranks, minutes=0.0, steps=0)
         for stack in (self.teacher, self.student):
             check_structure(stack)
+        number_blocks(self.student)
         check_vocabulary(self.teacher, self.student, tokenizer)
         if config.early_stop_patience and validation_dataloader is None:
             raise UsageError(
@@ -137,6 +145,8 @@ class BaseDistillationTrainer:
                 "parameters": count_parameters(self.student_model),
                 "config": config_fingerprint(self.student_model.config),
             },
+            # What an evaluation needs to build the student of a checkpoint again.
+            "student_config": plain_config(self.student_model.config),
         }
 
     @contextmanager
@@ -152,6 +162,7 @@ class BaseDistillationTrainer:
             self.ranks.copy_from_main(self.student_model)
             self.progress = RunProgress(num_stages)
             logger.info("Precision: %s (%s).", self.precision.name, self.precision.reason)
+            warn_of_overlap(self.train_dataloader, self.validation_dataloader)
         exact = self.precision.name == "fp32"
         with (
             torch.random.fork_rng(),
@@ -205,6 +216,16 @@ class BaseDistillationTrainer:
                 owner.set_epoch(epoch)
         yield from self._checked(self.train_dataloader)
 
+    def batches_to_measure(self) -> Iterator[Batch]:
+        """The batches of the first epoch, for what is measured or fitted before a stage learns.
+
+        Raises:
+            Stopped: If a signal asked for it.
+        """
+        for batch in self.batches(0):
+            self.journal.stop_if_asked("between two stages")
+            yield batch
+
     def held_out_batches(self) -> Iterator[Batch]:
         """The held-out batches; none without a validation_dataloader."""
         if self.validation_dataloader is not None:
@@ -215,6 +236,31 @@ class BaseDistillationTrainer:
             batch = as_batch(raw, self.device)
             check_batch(batch, self.teacher, self.student)
             yield batch
+
+    def check_disk_room(self, *, trains_all: bool, overwrite: bool, keeps_start: bool) -> None:
+        """Refuse a run that its disk has no room for; see :mod:`distillation.disk_needs`.
+
+        Args:
+            trains_all: Whether a later stage trains the whole student.
+            overwrite: Whether the files of an earlier run go.
+            keeps_start: Whether the untrained student is written.
+
+        Raises:
+            EnvironmentProblem: If there is too little room.
+        """
+        if not self.run.writes or self.run.is_open:
+            return
+        config, folder = self.config, self._states_folder()
+        self.activations.plan(config, folder, self._positions())
+        needs = disk_needs(
+            self.teacher,
+            self.student,
+            trains_all=trains_all
+            or trains_whole_student(config.schedule, config.freeze_previous_blocks),
+            states=self.activations.expected["disk"],
+            keeps_start=keeps_start,
+        )
+        check_disk_room(self.run.path, needs, overwrite=overwrite)
 
     def _states_folder(self) -> Path:
         """Where files of states go; each process has its own."""
@@ -324,6 +370,12 @@ def config_fingerprint(config: Any) -> str:
     fields = {k: v for k, v in config.to_dict().items() if k != "tie_word_embeddings"}
     text = json.dumps(fields, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def plain_config(config: Any) -> dict[str, Any]:
+    """A model's configuration as JSON holds it."""
+    plain: dict[str, Any] = json.loads(json.dumps(config.to_dict(), default=str))
+    return plain
 
 
 def count_parameters(model: nn.Module) -> int:

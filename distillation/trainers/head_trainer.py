@@ -191,4 +191,4 @@ class HeadDistillationTrainer(BaseDistillationTrainer):
             logger.info("The head starts as the teacher's, folded with the last stitching layer.")
         else:
             with self.precision.autocast(self.device):
-                fit_head(self.activations, self.batches(0), HEAD_FIT_TOKENS)
+                fit_head(self.activations, self.batches_to_measure(), HEAD_FIT_TOKENS)

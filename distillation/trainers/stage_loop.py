@@ -24,8 +24,9 @@ from cleangpt.runtime.ranks import Ranks
 from cleangpt.schedules import learning_rate_factor
 from distillation.batch import Batch
 from distillation.config import DistillationConfig, StageSettings
-from distillation.journal import load_optimizer, optimizer_tensors
+from distillation.optimizer_state import load_optimizer, optimizer_tensors
 from distillation.stages import Stage
+from distillation.trainers.loss_watch import LossWatch
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +129,7 @@ class StageLoop:
         self._deferred = self.device.type != "cpu" and skips_nonfinite_steps(optimizer)
         self._pending: list[tuple[int, Tensor, Tensor, int]] = []
         self._nonfinite_in_a_row = 0
+        self._watch = LossWatch()
         self._last_loss = self._last_norm = math.nan
         self._logged_at, self._logged_tokens = time.perf_counter(), 0
         self.start_epoch()
@@ -278,6 +280,9 @@ class StageLoop:
             finite = math.isfinite(loss) and math.isfinite(norm)
             if finite:
                 self._count(loss, norm, positions)
+                said = self._watch.seen(loss)
+                if said:
+                    logger.warning("%s, step %d: %s", self.stage.name, step, said)
             else:
                 self._skip(step, loss, norm)
         self._pending.clear()

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from cleangpt.checkpoints import refuse_nonfinite
+from cleangpt.disk_errors import disk_errors_explained
 from cleangpt.errors import CheckpointError, InputError
 from cleangpt.integrity import is_as_sealed, parse_json_object, sealed
 from cleangpt.metrics_log import without_nonfinite
 from cleangpt.restricted_load import restricted_load
-from cleangpt.run_directory import disk_errors_explained, write_atomically
+from cleangpt.run_directory import write_atomically
 from cleangpt.runtime.module_state import tensors_fingerprint
 
 FORMAT_VERSION = 2
@@ -58,7 +59,13 @@ def save_checkpoint(model: nn.Module, path: str | Path, **extra: Any) -> Path:
     with disk_errors_explained(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
     content = {"model_state_dict": state, "metadata": metadata}
-    return write_atomically(path, lambda temporary: torch.save(content, temporary))
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:  # its errors say what torch's do not: a full disk
+            torch.save(content, file)
+
+    needed = sum(tensor.nbytes for tensor in state.values()) + len(metadata)
+    return write_atomically(path, write, needed)
 
 
 def load_checkpoint(
