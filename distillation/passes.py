@@ -7,10 +7,10 @@ next, so an epoch of a stage is one of its *rounds*: rounds 0 to E - 1 are of it
 on. Stages go round in a circle, each beginning with the pass that the one before ended with.
 """
 
-import json
 import logging
 from typing import Any
 
+from cleangpt.integrity import parse_json_object
 from cleangpt.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def enter_pass(loader: Any, index: int, run: RunDirectory) -> bool:
     path = run.path / INDEX_NAME
     if run.is_open and path.is_file():
         try:
-            loader.dataset.load_state_dict(json.loads(path.read_text(encoding="utf-8")))
+            loader.dataset.load_state_dict(parse_json_object(path.read_bytes()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             logger.warning("%s is not used (%s): the stream is read anew", path, error)
     loader.dataset.enter(index)
