@@ -75,7 +75,7 @@ def measure_apart(way: str, folder: Path) -> dict[str, float]:
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise RuntimeError(f"{way} failed: {done.stderr.strip()[-2000:]}")
+        raise RuntimeError(f"{way} ended with {done.returncode}: {done.stderr.strip()[-2000:]}")
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
 

@@ -29,7 +29,6 @@ TRAINING: dict[str, Any] = {
     "epochs_per_block": [2, 1],
     "lr_per_block": 1e-2,
     "lm_head_epochs": 1,
-    "polish_epochs": 2,
 }
 place = test_data_parallel.place  # a fixture
 
@@ -74,7 +73,7 @@ def test_a_stream_of_one_pass_trains_the_bits_of_data_in_memory(tmp_path: Path) 
     runs = []
     for name, windows in (("memory", data), ("stream", streamed(tmp_path / "data", 16, 16))):
         own = trainer(tmp_path / name, windows)
-        runs.append((own, own.train(**TRAINING)))
+        runs.append((own, own.train(2, 1e-2, train_lm_head=False)))
     assert len(data) == 16
     assert_same(*runs, tmp_path / "memory", tmp_path / "stream")
     assert not (tmp_path / "stream" / "run" / "stream.json").exists()
@@ -114,13 +113,13 @@ def test_states_are_computed_once_a_pass_and_the_last_pass_is_kept(tmp_path: Pat
     assert own.train_dataloader.dataset.entered == 1
 
 
-def run(folder: Path, texts: Path, stops: list[int], **options: Any) -> Any:
+def run(folder: Path, texts: Path, stops: list[int], polish: int = 0, **options: Any) -> Any:
     """Train on three passes, stopped after so many steps each time."""
     for stop in stops:
         with pytest.raises(Stopped, match="saved"):
-            resuming(folder, texts, stop, **options).train(**TRAINING)
+            resuming(folder, texts, stop, **options).train(**TRAINING, polish_epochs=polish)
     own = resuming(folder, texts, **options)
-    return own, own.train(**TRAINING)
+    return own, own.train(**TRAINING, polish_epochs=polish)
 
 
 def resuming(folder: Path, texts: Path, stop: int = 0, **options: Any) -> DistillationTrainer:
@@ -145,13 +144,16 @@ def test_a_stop_in_a_pass_changes_no_bit_and_a_second_one_neither(tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule", ["sequential", "parallel_local"])
+@pytest.mark.parametrize("schedule", ["sequential", "parallel_local", "decoupled"])
 @pytest.mark.parametrize("cache", ["ram", "disk", "off"])
 @pytest.mark.parametrize("options", [{}, BEST], ids=["tutorial", "best"])
 def test_stops_in_every_schedule_and_store(
     schedule: str, cache: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
-    check_resume(tmp_path, [5, 9, 2], schedule=schedule, activation_cache=cache, **options)
+    if schedule == "decoupled":
+        options = {**options, "block_inputs": "teacher"}
+    how = {"schedule": schedule, "activation_cache": cache, **options}
+    check_resume(tmp_path, [5, 9, 2], polish=2, **how)
 
 
 @pytest.mark.slow
@@ -233,14 +235,11 @@ def test_a_pass_is_what_the_byte_budget_holds() -> None:
         size("--activation_cache_gb", "1e-6")
 
 
-def test_the_command_plans_and_trains_on_a_stream(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
-) -> None:
-    from distillation.evaluation import evaluate_distilled_model
-    from examples.run_distillation_example import main
+@pytest.fixture
+def flags(tmp_path: Path) -> list[str]:
+    """A run on two passes over a data set without a validation split."""
     from tests.contract.local_hub import save_tiny_gpt2, write_stories
 
-    caplog.set_level("INFO")
     save_tiny_gpt2(tmp_path / "teacher", blocks=2)
     write_stories(tmp_path / "stories")
     (tmp_path / "stories" / "validation.jsonl").rename(tmp_path / "stories" / "test.jsonl")
@@ -249,21 +248,40 @@ def test_the_command_plans_and_trains_on_a_stream(
     flags += ["--student_n_embd", "16", "--student_n_head", "2", "--recipe", "tutorial"]
     flags += ["--epochs_per_block", "1", "--lm_head_epochs", "1", "--validation_tokens", "100"]
     flags += ["--streaming", "--stream_tokens", "3000", "--activation_cache_gb", "4.2e-4"]
-    flags += ["--output_dir", str(tmp_path / "run")]
+    return [*flags, "--output_dir", str(tmp_path / "run"), "--precision", "fp32"]
+
+
+def test_the_command_trains_on_a_stream(
+    tmp_path: Path, flags: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    from examples.run_distillation_example import evaluation_command, prepare, train
+
+    caplog.set_level("INFO")
+    arguments = arguments_of(*flags)
+    results = train(prepare(arguments)[0], arguments)
+    # 1640 tokens fit, with 100 apart for validation: two passes of 46 windows.
+    assert "2,944 tokens in 2 passes of 46 windows of 32" in caplog.text
+    assert "No validation: data set" in caplog.text
+    assert [row["steps"] for row in (*results["blocks"], results["head"])] == [12, 12, 12]
+    assert (tmp_path / "run" / "stream.json").is_file()
+    command = evaluation_command(arguments, results["student_path"])
+    assert "--streaming --max_samples 200" in command
+
+
+@pytest.mark.slow
+def test_a_stream_is_planned_and_its_student_evaluated(
+    tmp_path: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from distillation.evaluation import evaluate_distilled_model
+    from examples.run_distillation_example import main
+
     main([*flags, "--plan"])
     table = capsys.readouterr().out
-    # 1640 tokens fit with 100 apart: two passes of 46 windows, 6 batches of 8 each.
     assert [line.split()[:2] for line in table.splitlines()[1:4]] == [
         [name, "12"] for name in ("block-00", "block-01", "lm-head")
     ]
     assert "377 kB needed" in table  # 46 windows of 32 tokens, 64 numbers each
     main(flags)
-    assert "3,000 tokens in 2 passes" not in caplog.text
-    assert "2,944 tokens in 2 passes of 46 windows of 32" in caplog.text
-    assert "No validation: data set" in caplog.text
-    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
-    assert [row["steps"] for row in manifest["stages"]] == [12, 12, 12]
-    assert "--streaming --max_samples 200" in capsys.readouterr().out
     words = ["--model_path", str(tmp_path / "run"), "--dataset_name", str(tmp_path / "stories")]
     words += ["--teacher_model_name", str(tmp_path / "teacher"), "--speed_seconds", "0"]
     evaluate_distilled_model.main([*words, "--streaming", "--max_samples", "3", "--device", "cpu"])
