@@ -106,7 +106,6 @@ class Checkpoints:
 
         Raises:
             CheckpointError: If there are some and all are damaged: no run starts over silently.
-                Also if the one to be used holds numbers that are not finite.
         """
         for stale in self.folder.glob(".step-*.tmp") if self.writes else ():
             shutil.rmtree(stale, ignore_errors=True)
@@ -235,12 +234,6 @@ def _read(path: Path) -> Checkpoint:
             f"{path} cannot be read: {error}",
             "It was written by other software; start again with --overwrite.",
         ) from error
-    broken = not_finite(tensors)
-    if broken:
-        raise CheckpointError(
-            f"{len(broken)} tensors in {path} hold NaN or infinite numbers, first {broken[0]}.",
-            "This library never writes such a checkpoint; start again with --overwrite.",
-        )
     return Checkpoint(_number(path), tensors, state)
 
 

@@ -232,15 +232,15 @@ def _describe(error: BaseException) -> tuple[int, str, str]:
             f"memory ran out: {text or 'the host could not allocate'}",
             "Lower --batch_size or --block_size, or choose a smaller student.",
         )
-    for words, remedy in _LOST_PROCESSES.items():
-        if isinstance(error, RuntimeError) and words in lowered:
-            return EnvironmentProblem.exit_code, text, remedy
     if isinstance(error, RuntimeError) and "dataloader timed out" in lowered:
         return (
             EnvironmentProblem.exit_code,
             f"a process that prepares batches does not answer: {text}",
             "Start again with --num_workers 0; a distillation goes on with --resume.",
         )
+    for words, remedy in _LOST_PROCESSES.items():
+        if isinstance(error, RuntimeError) and words in lowered:
+            return EnvironmentProblem.exit_code, text, remedy
     number = error.errno if isinstance(error, OSError) else None
     if number in _NO_SPACE or "no space left on device" in lowered:
         return (

@@ -16,14 +16,8 @@ MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 2
 """From 2 on a manifest carries its own checksum, and those of the run's other files."""
 DECIDE_BITS = (
-    *(
-        "library_version",
-        "torch_version",
-        "transformers_version",
-        "torch_threads",
-        "processes",
-        "device",
-    ),
+    *("library_version", "torch_version", "transformers_version", "torch_threads"),
+    *("processes", "device"),
     *("cpu_capability", "attention"),
 )
 """What changes the order in which numbers are added, and so the last bits of a run."""

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -154,8 +155,8 @@ def _read_model(source: TeacherSource, config: Any, dtype: torch.dtype) -> PreTr
             **options,
             **loading_options(source.gguf_file),
         )
-    except Exception as error:  # a damaged or foreign file breaks its reader in any way whatever
-        if isinstance(error, OSError) or ran_out_of_memory(error):
+    except (ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+        if ran_out_of_memory(error):
             raise
         kind = quantisation_of(config)
         if kind is not None and isinstance(error, ImportError):
@@ -245,10 +246,9 @@ def _load(source: TeacherSource, read: Callable[[TeacherSource], T]) -> T:
     try:
         with quiet_libraries(), offline():
             return read(source)
-    except MemoryError:
-        raise
     except Exception as error:
-        if isinstance(error, CleanGPTError) and not isinstance(error, InputError):
+        is_ours = isinstance(error, CleanGPTError) and not isinstance(error, InputError)
+        if is_ours or ran_out_of_memory(error):
             raise
         # What is damaged or hostile breaks the libraries in any way: type, index, value errors.
         in_cache = error

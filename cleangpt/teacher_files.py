@@ -104,17 +104,9 @@ def check_template_names(source: TeacherSource, tokenizer: Any) -> None:
 def unreadable(source: TeacherSource, error: BaseException) -> InputError:
     """The error for files that are damaged or foreign."""
     return InputError(
-        f"teacher {source.label} cannot be read: {why_unreadable(error)}",
+        f"teacher {source.label} cannot be read: {one_line(error)}",
         f"Fetch or save the model again, or give {TEACHER_FLAG} another one.",
     )
-
-
-def why_unreadable(error: BaseException) -> str:
-    """What a reader of weights says, but for what it says to do about pickles: run their code."""
-    why = one_line(error)
-    if "weights only load failed" in why.lower():
-        return "they are pickled with objects that are no tensors, which could run code"
-    return why
 
 
 def one_line(error: BaseException) -> str:

@@ -22,9 +22,10 @@ from cleangpt.run_directory import RunDirectory
 from distillation.config import LoopOptions, PerBlock, StageSettings, by_stage, spread
 from distillation.finished_run import fill_folder, finished_results, save_student, with_totals
 from distillation.head_init import tie_lm_head, untie_lm_head
-from distillation.journal import Journal, check_same_settings, counted_epochs
+from distillation.journal import Journal, check_same_settings
 from distillation.logit_stages import HiddenTargets
 from distillation.overfit_gate import check_run_learns
+from distillation.passes import counted_epochs, passes_of
 from distillation.plan import RunPlan
 from distillation.planning import memory_explained, plan_training
 from distillation.trainers.backbone_trainer import BackboneDistillationTrainer
@@ -326,7 +327,7 @@ class DistillationTrainer:
         backbone = self.backbone_trainer
         epochs, blocks = [stage.epochs for stage in own], backbone.student.num_blocks
         counted = counted_epochs(backbone.config.schedule, epochs[:blocks], epochs[blocks:])
-        return counted * backbone.steps_per_epoch()
+        return counted * backbone.steps_per_epoch() * passes_of(backbone.train_dataloader)
 
     def _train_stages(
         self,

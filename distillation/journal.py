@@ -10,7 +10,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -358,15 +358,3 @@ def check_same_settings(path: Path, settings: Values) -> None:
             f"The run in {path.parent} has other settings: {'; '.join(different)}.",
             "Go on with the command that began it, or choose another output_dir.",
         )
-
-
-def counted_epochs(schedule: str, blocks: Sequence[int], others: Sequence[int]) -> int:
-    """The passes over the data whose steps a run's journal counts.
-
-    Args:
-        schedule: Blocks together are counted once, decoupled ones apart.
-        blocks: Epochs of each student block.
-        others: Epochs of the head and of the polish, if there are any.
-    """
-    counted = {"sequential": sum(blocks), "parallel_local": max(blocks), "decoupled": 0}
-    return counted[schedule] + sum(others)

@@ -7,10 +7,11 @@ next, so an epoch of a stage is one of its *rounds*: rounds 0 to E - 1 are of it
 on. Stages go round in a circle, each beginning with the pass that the one before ended with.
 """
 
+import json
 import logging
+from collections.abc import Sequence
 from typing import Any
 
-from cleangpt.integrity import parse_json_object
 from cleangpt.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
@@ -39,10 +40,22 @@ def enter_pass(loader: Any, index: int, run: RunDirectory) -> bool:
     path = run.path / INDEX_NAME
     if run.is_open and path.is_file():
         try:
-            loader.dataset.load_state_dict(parse_json_object(path.read_bytes()))
+            loader.dataset.load_state_dict(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             logger.warning("%s is not used (%s): the stream is read anew", path, error)
     loader.dataset.enter(index)
     if run.is_open:
         run.write_json(INDEX_NAME, loader.dataset.state_dict())
     return True
+
+
+def counted_epochs(schedule: str, blocks: Sequence[int], others: Sequence[int]) -> int:
+    """The passes over the data whose steps a run's journal counts.
+
+    Args:
+        schedule: Blocks together are counted once, decoupled ones apart.
+        blocks: Epochs of each student block.
+        others: Epochs of the head and of the polish, if there are any.
+    """
+    counted = {"sequential": sum(blocks), "parallel_local": max(blocks), "decoupled": 0}
+    return counted[schedule] + sum(others)

@@ -41,6 +41,9 @@ def terminable() -> Iterator[None]:
 @contextmanager
 def held_back() -> Iterator[None]:
     """Let signals wait until the block is over, for files that belong together."""
+    if not _is_main_thread():
+        yield
+        return
     request = StopRequest()
     with request.listening():
         yield

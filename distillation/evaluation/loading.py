@@ -22,7 +22,7 @@ from cleangpt.hub import local_path
 from cleangpt.integrity import check_sums, parse_json_object
 from cleangpt.manifest import read_manifest
 from cleangpt.teacher import TOKENIZER_FILES, load_teacher, quiet_libraries
-from cleangpt.teacher_files import attention_of, why_unreadable
+from cleangpt.teacher_files import attention_of
 from cleangpt.vocabulary import check_same_tokens
 from cleangpt.weight_files import check_blocks, check_file, check_folder
 from distillation.evaluation.student_files import (
@@ -237,7 +237,7 @@ def _explained(folder: Path, load: Callable[[], Any]) -> Any:
         if ran_out_of_memory(error):
             raise
         raise CheckpointError(
-            f"The weights in {folder} cannot be read: {why_unreadable(error)}",
+            f"The weights in {folder} cannot be read: {first_line(error)}",
             "The folder is incomplete or damaged; copy or save the model again.",
         ) from error
 

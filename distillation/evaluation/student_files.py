@@ -1,4 +1,4 @@
-"""A student from what was saved of it: its class by what is saved, its weights strictly.
+"""A student from a ``.pt`` file or a run's checkpoint: class by what is saved, weights strictly.
 
 What the configuration describes is compared with the tensors in the file before anything of
 that size is built.
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import model as students
 from cleangpt.blocks import BlockStack
@@ -37,8 +37,9 @@ def load_pt(path: Path, model_type: str | None) -> tuple[nn.Module, str]:
     """
     saved = load_checkpoint(path)
     metadata, state = saved["metadata"], saved["model_state_dict"]
-    saved_type, class_name = str(saved["model_type"]), metadata.get("model_class")
-    student = _built(path, (saved_type, class_name), saved["config"], state, model_type)
+    saved_type = str(saved["model_type"])
+    found = saved_type, metadata.get("model_class"), saved["config"]
+    student = _built(path, found, state, model_type)
     load_strictly(student, state, path)
     return student, _label(saved_type, metadata.get("step"), metadata.get("total_steps"))
 
@@ -51,7 +52,7 @@ def load_unfinished(run_dir: Path, model_type: str | None) -> tuple[nn.Module, s
         model_type: The kind of student expected; None takes what is saved.
 
     Raises:
-        CheckpointError: If the manifest or all checkpoints are damaged.
+        CheckpointError: If all checkpoints are damaged.
     """
     folder = run_dir / "checkpoints"
     manifest = (read_manifest(run_dir) or {}) if folder.is_dir() else {}
@@ -63,30 +64,31 @@ def load_unfinished(run_dir: Path, model_type: str | None) -> tuple[nn.Module, s
         return None
     prefix = "weights/student/"
     state = {n.removeprefix(prefix): t for n, t in found.tensors.items() if n.startswith(prefix)}
-    names = str(config.get("model_type")), manifest["student"]["class"]
-    student = _built(folder, names, config, state, model_type)
+    saved_type = str(config.get("model_type"))
+    own = saved_type, manifest["student"]["class"], config
+    student = _built(folder, own, state, model_type)
     if not found.state["head_is_tied"]:
         untie_lm_head(BlockStack(student))
     load_strictly(student, state, folder)
-    return student, _label(names[0], found.state["steps"], manifest.get("total_steps"))
+    return student, _label(saved_type, found.state["steps"], manifest.get("total_steps"))
 
 
 def _label(name: str, step: Any, total: Any) -> str:
     """The name that tables and plots show: of half a training, how much it was."""
-    is_half = isinstance(step, int) and isinstance(total, int) and step < total
-    return f"{name} (step {step} of {total})" if is_half else name
+    unfinished = isinstance(step, int) and isinstance(total, int) and step < total
+    return f"{name} (step {step} of {total})" if unfinished else name
 
 
 def _built(
     path: Path,
-    names: tuple[str, str | None],
-    fields: dict[str, Any],
-    state: dict[str, Tensor],
+    found: tuple[str, str | None, dict[str, Any]],
+    state: dict[str, torch.Tensor],
     model_type: str | None,
 ) -> nn.Module:
-    """A new model of the saved type and class that the tensors fit, as its outline has shown."""
-    known = student_class(*names, model_type, path)
-    config = _config_of(path, *names, fields, known)
+    """A new model that the tensors fit, of the type, class and configuration that were found."""
+    saved_type, class_name, fields = found
+    known = student_class(saved_type, class_name, model_type, path)
+    config = _config_of(path, saved_type, class_name, fields, known)
     build: Callable[[], nn.Module] = partial(known or _stock_model, config)
     try:
         check_blocks(config, len(state))

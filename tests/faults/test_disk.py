@@ -20,7 +20,8 @@ from torch import nn
 
 from cleangpt.checkpoints import Checkpoint, Checkpoints
 from cleangpt.errors import CheckpointError, EnvironmentProblem
-from cleangpt.run_directory import RunDirectory, check_same_run
+from cleangpt.manifest import FORMAT_VERSION, check_same_run
+from cleangpt.run_directory import RunDirectory
 from distillation.disk_needs import DiskNeeds, check_disk_room, disk_needs
 from distillation.utils import save_checkpoint
 from tests.builders import tiny_student
@@ -334,6 +335,6 @@ def test_a_run_of_a_newer_version_is_refused_and_another_version_is_said(
     manifest = json.loads(path.read_text())
     check_same_run({**manifest, "library_version": "0.0.1"}, {"seed": 1}, tmp_path)
     assert "library_version was 0.0.1" in caplog.text
-    path.write_text(json.dumps({**manifest, "format_version": 2}))
-    with pytest.raises(CheckpointError, match=r"format version 2; .* reads up to 1\.\nUpgrade"):
+    path.write_text(json.dumps({**manifest, "format_version": FORMAT_VERSION + 1}))
+    with pytest.raises(CheckpointError, match=r"format version 3; this library reads 2\.\nUse the"):
         RunDirectory(tmp_path).manifest()

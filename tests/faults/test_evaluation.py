@@ -11,6 +11,8 @@ import torch
 
 from cleangpt.cli import run_command
 from cleangpt.errors import CheckpointError, InputError, Stopped
+from cleangpt.integrity import SEAL, sealed
+from cleangpt.runtime.module_state import tensors_fingerprint
 from distillation.evaluation.evaluate_distilled_model import main
 from distillation.evaluation.loading import load_model
 from distillation.utils import save_checkpoint
@@ -145,7 +147,9 @@ def test_two_evaluations_at_once_have_a_folder_each_until_one_is_killed(
 def test_a_class_that_a_file_names_is_looked_up_and_never_imported(tmp_path: Path) -> None:
     path = save_checkpoint(tiny_student(), tmp_path / "a.pt")
     content: Any = torch.load(path, weights_only=True)
-    about = {**json.loads(content["metadata"]), "model_class": "os.system", "model_type": "os"}
-    torch.save({**content, "metadata": json.dumps(about)}, path)
+    about = {k: v for k, v in json.loads(content["metadata"]).items() if k != SEAL}
+    about.update(model_class="os.system", model_type="os")
+    own = tensors_fingerprint(content["model_state_dict"].items())
+    torch.save({**content, "metadata": json.dumps(sealed(about, own))}, path)
     with pytest.raises(InputError, match="'os', which is not registered"):
         load_model(str(path))

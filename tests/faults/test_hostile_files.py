@@ -12,6 +12,8 @@ from torch import nn
 
 from cleangpt.checkpoints import Checkpoint, Checkpoints
 from cleangpt.errors import CheckpointError, InputError
+from cleangpt.integrity import SEAL, sealed
+from cleangpt.runtime.module_state import tensors_fingerprint
 from distillation.utils import load_checkpoint, save_checkpoint
 from tests.builders import tiny_student, tiny_teacher
 
@@ -92,9 +94,10 @@ def test_a_configuration_larger_than_its_file_takes_no_memory(
 
     path = save_checkpoint(tiny_student(), tmp_path / "a.pt")
     content = torch.load(path, weights_only=True)
-    metadata = json.loads(content["metadata"])
+    metadata = {k: v for k, v in json.loads(content["metadata"]).items() if k != SEAL}
     metadata["config"].update(change)
-    torch.save({**content, "metadata": json.dumps(metadata)}, path)
+    own = tensors_fingerprint(content["model_state_dict"].items())
+    torch.save({**content, "metadata": json.dumps(sealed(metadata, own))}, path)
     with pytest.raises(CheckpointError, match="blocks; there are|does not fit"):
         load_model(str(path))
 

@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from cleangpt.checkpoints import Checkpoint, Checkpoints
 from cleangpt.errors import CheckpointError, InputError
+from cleangpt.integrity import SEAL, sealed
+from cleangpt.runtime.module_state import tensors_fingerprint
 from distillation.trainers.loss_watch import MEMORY, LossWatch
 from distillation.utils import load_checkpoint, save_checkpoint
 from tests.builders import backbone_trainer, batches, tiny_student
@@ -42,7 +44,7 @@ def test_a_checkpoint_that_was_edited_to_hold_nan_is_refused(tmp_path: Path) -> 
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     manifest["files"][path.name] = {"bytes": path.stat().st_size, "sha256": digest}
     (folder / "MANIFEST.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match="1 tensors in .* hold NaN .* first w") as error:
+    with pytest.raises(CheckpointError, match="1 tensors hold NaN .* first is w") as error:
         checkpoints.newest()
     assert error.value.exit_code == 4
 
@@ -50,9 +52,12 @@ def test_a_checkpoint_that_was_edited_to_hold_nan_is_refused(tmp_path: Path) -> 
 def test_a_student_file_with_nan_is_refused(tmp_path: Path) -> None:
     path = save_checkpoint(tiny_student(), tmp_path / "a.pt")
     content = torch.load(path, weights_only=True)
-    content["model_state_dict"]["wpe.weight"][2, 1] = torch.nan
-    torch.save(content, path)
-    with pytest.raises(CheckpointError, match=r"hold NaN or infinite numbers, first wpe\.weight"):
+    state = content["model_state_dict"]
+    state["wpe.weight"][2, 1] = torch.nan
+    about = {k: v for k, v in json.loads(content["metadata"]).items() if k != SEAL}
+    metadata = json.dumps(sealed(about, tensors_fingerprint(state.items())))
+    torch.save({"model_state_dict": state, "metadata": metadata}, path)
+    with pytest.raises(CheckpointError, match=r"NaN or infinite numbers, the first is wpe\.weight"):
         load_checkpoint(path)
 
 
