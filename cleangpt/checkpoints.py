@@ -224,7 +224,7 @@ def _read(path: Path) -> Checkpoint:
     """Read a verified checkpoint.
 
     Raises:
-        CheckpointError: If it was whole and still cannot be understood.
+        CheckpointError: If it was whole and still cannot be understood, or holds NaN.
     """
     try:
         tensors = load_file(path / _FILES[0])
@@ -234,6 +234,7 @@ def _read(path: Path) -> Checkpoint:
             f"{path} cannot be read: {error}",
             "It was written by other software; start again with --overwrite.",
         ) from error
+    refuse_nonfinite(tensors, f"{path} is not used")
     return Checkpoint(_number(path), tensors, state)
 
 

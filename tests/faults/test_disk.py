@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -338,3 +339,36 @@ def test_a_run_of_a_newer_version_is_refused_and_another_version_is_said(
     path.write_text(json.dumps({**manifest, "format_version": FORMAT_VERSION + 1}))
     with pytest.raises(CheckpointError, match=r"format version 3; this library reads 2\.\nUse the"):
         RunDirectory(tmp_path).manifest()
+
+
+class Canary:
+    """An object whose unpickling leaves a trace."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.path,))
+
+
+def test_pickles_beside_a_checkpoint_are_never_read(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path / "c", 1)
+    folder = next((tmp_path / "c").iterdir())
+    for name in ("optimizer.pt", "rng_state.pth", ".metadata", "training_args.bin"):
+        (folder / name).write_bytes(pickle.dumps(Canary(tmp_path / "canary")))
+    assert checkpoints.newest() is not None
+    assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize("content", [b"/annex/objects/SHA256E-s1", b"version https://git-lfs.x"])
+def test_a_pointer_in_place_of_weights_is_named(content: bytes, tmp_path: Path) -> None:
+    from distillation.evaluation.loading import load_model
+
+    student = tiny_student()
+    student.save_pretrained(tmp_path / "final")
+    save_checkpoint(student, tmp_path / "a.pt")
+    for path in (tmp_path / "a.pt", tmp_path / "final" / "model.safetensors"):
+        path.write_bytes(content)
+    for name in ("a.pt", "final"):
+        with pytest.raises(CheckpointError, match="pointer"):
+            load_model(str(tmp_path / name))
