@@ -266,27 +266,28 @@ class RunDirectory:
                 "Pass --resume to go on with it, --overwrite to replace it (overwrite=True), or"
                 " choose another output_dir.",
             )
-        if found and not self._is_ours():
+        if found and "run_id" not in self._said():
             raise UsageError(
                 f"{self.path} holds {', '.join(found)}, but no manifest of a run of this library.",
                 "Nothing was deleted; choose another output_dir (--output_dir).",
             )
         return found
 
-    def _is_ours(self) -> bool:
-        """Whether a run of this library wrote the manifest there."""
+    def _said(self) -> dict[str, Any]:
+        """What the manifest there says, unchecked; empty if it is none."""
         try:
-            return "run_id" in parse_json_object((self.path / MANIFEST_NAME).read_bytes())
+            return parse_json_object((self.path / MANIFEST_NAME).read_bytes())
         except (OSError, ValueError):
-            return False
+            return {}
 
     def _make_room(self, overwrite: bool) -> None:
-        known = self.manifest() or {}
-        found = self.check_room(overwrite or known.get("status") == CUT_OFF)
-        if "manifest.json" in found:
+        earlier = self._said()
+        found = self.check_room(overwrite or earlier.get("status") == CUT_OFF)
+        if MANIFEST_NAME in found:
             # Cut off between two files, it must still be known as ours, and as no run any more.
-            self.write_json("manifest.json", {**known, "status": CUT_OFF})
-        for name in sorted(found, key="manifest.json".__eq__):
+            mark = {"format_version": FORMAT_VERSION, "status": CUT_OFF}
+            self.write_json(MANIFEST_NAME, sealed({**mark, "run_id": earlier["run_id"]}))
+        for name in sorted(found, key=MANIFEST_NAME.__eq__):
             _delete(self.path / name)
             faultpoint("file.deleted")
 

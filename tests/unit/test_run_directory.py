@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from cleangpt.errors import EnvironmentProblem, UsageError
+from cleangpt.manifest import FORMAT_VERSION
 from cleangpt.metrics_log import MetricsLog
 from cleangpt.run_directory import RunDirectory, write_atomically
 
@@ -149,3 +150,30 @@ def test_metrics_that_changed_while_a_run_was_stopped_are_a_warning(
     (tmp_path / "metrics.jsonl").write_text('{"event": "step", "loss": 9.5}\n')
     log.go_on(size, checksum)
     assert "cannot be trusted" in caplog.text
+
+
+@pytest.mark.parametrize("version", [FORMAT_VERSION, FORMAT_VERSION - 1])
+def test_an_overwrite_that_is_cut_off_is_done_by_the_next_start(
+    version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with RunDirectory(tmp_path).opened({}) as run:
+        run.write_json("config.json", {})
+        run.write_json("audit.json", {})
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "format_version": version}))
+
+    def cut_off(name: str) -> None:
+        if name == "file.deleted":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cleangpt.run_directory.faultpoint", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            RunDirectory(tmp_path).opened({}, overwrite=True).__enter__()
+    left = {"manifest.json", "config.json", "audit.json"} & {p.name for p in tmp_path.iterdir()}
+    assert len(left) == 2
+    with pytest.raises(UsageError, match="already holds a run"):
+        RunDirectory(tmp_path).opened({}).__enter__()
+    with RunDirectory(tmp_path).opened({}, resume=True) as run:
+        assert run.run_id != manifest["run_id"]
+        assert not (tmp_path / "config.json").exists()
