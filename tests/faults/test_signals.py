@@ -38,7 +38,8 @@ def test_no_name_and_no_decision_hangs_on_the_clock(tmp_path: Path) -> None:
     wall = re.compile(r"\btime\.time\(|\b(now|today|utcnow)\(|\bstrftime\b|\blocaltime\b")
     training = [f for f in shipped_files() if f.package in ("cleangpt", "distillation")]
     users = [f.name for f in training if wall.search(f.text) and "evaluation" not in f.name]
-    assert users == []
+    # It alone: by their age it tells what a killed process left from what is being written.
+    assert users == ["cleangpt/data/token_cache.py"]
     assert RunDirectory(tmp_path).run_id != RunDirectory(tmp_path).run_id
 
 
