@@ -96,7 +96,11 @@ def processor_name() -> str:
 
 
 def write_report(
-    sections: dict[str, Section], path: Path, about: dict[str, Any], command: str
+    sections: dict[str, Section],
+    path: Path,
+    about: dict[str, Any],
+    command: str,
+    title: str = "Speed",
 ) -> Path:
     """Write ``path`` (JSON) and the Markdown file beside it, whose path is returned.
 
@@ -105,6 +109,7 @@ def write_report(
         path: The JSON file.
         about: What :func:`machine` said before the measurements.
         command: What takes them again.
+        title: The Markdown file's.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {
@@ -114,7 +119,7 @@ def write_report(
     }
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     head = [
-        "# Speed",
+        f"# {title}",
         "",
         f"`{command}` on {place(about)}, torch {about['torch']}, {about['threads']} threads, load"
         f" average {about['load_average_at_start']} at the start. Every ratio was measured side by"

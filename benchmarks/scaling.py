@@ -1,147 +1,155 @@
-"""How the cost of a block grows: with its depth (not at all), tokens, number of blocks, widths."""
+"""What a second process is worth, and whether the plan for many devices tells the truth.
 
-import statistics
-from dataclasses import replace
-from typing import Any
+    python -m benchmarks.scaling                 # one against two processes, weak and strong
+    python -m benchmarks.scaling --check         # the plan's numbers against those of real runs
 
-from benchmarks.against_naive import LR
-from benchmarks.cases import Shape, new_student, new_teacher, starting_stitches, windows_loader
-from benchmarks.naive import naive_block
-from benchmarks.ours import train_our_backbone
-from benchmarks.report import Section
-from benchmarks.roofline import matmul_flops
-from benchmarks.spread import Spread, ratios, spread
-from benchmarks.steady import Steps, block_steps
-from distillation.config import StageSettings
+One process is one thread of the CPU; two talk through gloo. Writes JSON and Markdown as
+``benchmarks.speed`` does.
+"""
 
-MEASURED = 1
-"""The block whose steps are timed: the first that trains no embeddings."""
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cleangpt.cli import CommandParser, positive_int, run_command
+
+if TYPE_CHECKING:
+    from benchmarks.cases import Shape
+    from benchmarks.report import Section
+    from benchmarks.scaling_worker import Counts
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
-def measure_depth(kind: str, shape: Shape, repeats: int) -> Section:
-    """The cost of each block of one student."""
+def build_parser() -> CommandParser:
+    """The command's flags."""
+    parser = CommandParser(prog="python -m benchmarks.scaling", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="compare the plan with real runs")
+    parser.add_argument("--quick", action="store_true", help="small shapes: a try of the command")
+    parser.add_argument("--repeats", type=positive_int, default=3, help="of each pair (default: 3)")
+    parser.add_argument("--output", help="the JSON file (default: benchmarks/results/scaling.json)")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, and write and print the tables.
+
+    Args:
+        argv: Arguments without the program's name; None takes the process's own.
+    """
+    arguments = build_parser().parse_args(argv)
+
+    from benchmarks.report import machine, write_report
+    from benchmarks.scaling_check import measure_check
+
+    about = {**machine(), "threads": 1}
+    if about["load_average_at_start"] > about["cores"] / 2:
+        print("Other work is running on this machine: figures will be noisy.", file=sys.stderr)
+    shape = base_shape(quick=arguments.quick)
+    started_at = time.perf_counter()
+    name = "check" if arguments.check else "processes"
+    section = measure_check(shape) if arguments.check else measure(shape, arguments.repeats)
+    section.seconds = time.perf_counter() - started_at
+    print(section.markdown() + "\n", flush=True)
+    path = Path(arguments.output or f"benchmarks/results/scaling-{name}.json")
+    markdown = write_report({name: section}, path, about, command_line(arguments), "Scaling")
+    print(f"written: {path} and {markdown}")
+
+
+def base_shape(*, quick: bool) -> "Shape":
+    """What one process computes in all measurements."""
+    from benchmarks.cases import Shape
+
+    if quick:
+        return Shape(
+            blocks=2,
+            teacher_width=64,
+            student_width=32,
+            student_heads=2,
+            vocab=256,
+            batch_size=4,
+            seq_len=32,
+            batches=2,
+            epochs=2,
+        )
+    return Shape(
+        blocks=4, teacher_width=512, student_width=256, student_heads=4, vocab=8192, batches=4
+    )
+
+
+def measure(shape: "Shape", repeats: int) -> "Section":
+    """One process against two: the same batch shared, and a batch of the same size for each."""
+    from benchmarks.report import Section
+    from benchmarks.spread import ratios, spread
+
     section = Section(
-        f"Cost of a block against its depth ({shape}, {kind}, default precision)",
-        ["block", "ms per step", "of the middle block", "ms with filling and moving on"],
+        f"A second process (one thread each, {shape}, {shape.steps} steps per block and"
+        f" {shape.batches} of the head)",
+        ["case", "rows per process", "seconds", "of one process's time", "ideal"],
     )
-    teacher, start = new_teacher(shape), new_student(kind, shape)
-    runs = [block_steps(teacher, start, shape) for _ in range(repeats)]
-    per_block: list[list[Steps]] = [list(steps) for steps in zip(*runs, strict=True)]
-    steady = [spread(1e3 * s for run in steps for s in run.steady) for steps in per_block]
-    middle = statistics.median(block.median for block in steady[1:])
-    for block, steps in enumerate(per_block):
-        charged = spread(1e3 * run.charged for run in steps)
-        section.add(block, steady[block], steady[block].median / middle, charged)
-    farthest = max(abs(block.median / middle - 1) for block in steady[1:])
-    section.notes += [
-        f"Blocks 1 to {shape.blocks - 1} differ from their middle by at most {farthest:.1%}.",
-        f"Block 0 trains the embeddings with it ({shape.vocab} x {shape.student_width}: their"
-        " gradient is dense, and the optimizer moves every row), reads no cached student state, and"
-        " its first epoch runs the whole store's filling.",
-    ]
-    return section
-
-
-def measure_tokens(kind: str, shape: Shape) -> Section:
-    """One block's step at several batch sizes and lengths, with the naive step beside it."""
-    section = Section(
-        f"Cost of a step against its tokens (block {MEASURED} of a 2-block {kind},"
-        f" {shape.teacher_width} to {shape.student_width}, default precision)",
-        ["batch x length", "tokens", "ms per step", "us per token", "naive / ours"],
-    )
-    small = replace(shape, blocks=2)
-    rows, length = small.batch_size, small.seq_len
-    grid = [(rows // 4, length), (rows, length), (2 * rows, length)]
-    grid += [(2 * rows, length // 2), (rows // 4, 4 * length)]
-    for batch_size, seq_len in grid:
-        case = replace(small, batch_size=max(1, batch_size), seq_len=seq_len)
-        own, ratio = beside_naive(kind, case)
-        tokens = case.tokens_per_batch
-        name = f"{case.batch_size}x{case.seq_len}"
-        section.add(name, tokens, own, 1e3 * own.median / tokens, ratio)
-    section.notes.append(
-        "Linear but for two shares: attention, which grows with the length, and the optimizer,"
-        " whose work is per step and weighs on small batches. The naive ratio is at its worst"
-        " here: a model of two blocks has little to leave out, and ours is charged with filling."
-    )
-    return section
-
-
-def measure_widths(kind: str, shape: Shape) -> Section:
-    """One block's step at several student widths, and at a shape that is all overhead."""
-    section = Section(
-        f"Cost of a step against the student's width (block {MEASURED} of a 2-block {kind},"
-        f" teacher {shape.teacher_width}, {shape.batch_size}x{shape.seq_len}, default precision)",
-        ["width", "ms per step", "GFLOP", "GFLOP/s", "naive / ours"],
-    )
-    small = replace(shape, blocks=2)
-    cases = [replace(small, student_width=w, student_heads=w // 64) for w in (192, 384, 768)]
-    narrow = replace(small, teacher_width=64, student_width=32, student_heads=2, vocab=512)
-    cases.append(replace(narrow, batch_size=2, seq_len=32))
-    for case in cases:
-        own, ratio = beside_naive(kind, case)
-        gflop = step_flops(kind, case) / 1e9
-        name = str(case.student_width)
-        if case.teacher_width != shape.teacher_width:
-            name += f" (teacher {case.teacher_width}, {case.batch_size}x{case.seq_len})"
-        section.add(name, own, gflop, gflop / (own.median / 1e3), ratio)
-    section.notes.append(
-        "A block has twelve times its width squared of weights, so the cost is quadratic in the"
-        " width; norms, activations and attention are linear, which is why narrow blocks reach"
-        " fewer FLOP/s."
-    )
-    return section
-
-
-def measure_blocks(kind: str, shape: Shape, repeats: int) -> Section:
-    """The whole backbone of students and teachers of several depths."""
-    section = Section(
-        f"Whole backbone against its number of blocks ({kind}, {shape.teacher_width} to"
-        f" {shape.student_width}, {shape.batch_size}x{shape.seq_len}, default precision)",
-        ["blocks", "s", "block 0 s", "s per later block", "of the deepest"],
-    )
-    depths = [max(2, shape.blocks // 4), max(3, shape.blocks // 2), max(4, shape.blocks)]
-    cases = [replace(shape, blocks=depth) for depth in depths]
-    models = [(new_teacher(case), new_student(kind, case)) for case in cases]
-    seconds: list[list[tuple[float, float]]] = [[] for _ in cases]
+    double = replace(shape, batch_size=2 * shape.batch_size)
+    cases = {
+        "one process": (shape, 1),
+        "one process, twice the rows": (double, 1),
+        "two, the same batch (strong)": (shape, 2),
+        "two, the same rows each (weak)": (double, 2),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(repeats):
-        for case, (teacher, start), own in zip(cases, models, seconds, strict=True):
-            loader = windows_loader(case)
-            run = train_our_backbone(teacher, start, loader, epochs=case.epochs, lr=LR)
-            own.append((run.backbone_seconds, run.blocks[0]["seconds"]))
-    later = [
-        spread((whole - first) / (case.blocks - 1) for whole, first in own)
-        for case, own in zip(cases, seconds, strict=True)
+        for name, (case, processes) in cases.items():
+            seconds[name].append(measured(case, processes).seconds)
+    one = seconds["one process"]
+    for name, (case, processes) in cases.items():
+        ideal = case.batch_size / shape.batch_size / processes
+        rows = case.batch_size // processes
+        section.add(name, rows, spread(seconds[name]), ratios(seconds[name], one), ideal)
+    section.notes += [
+        "Seconds of all stages, filling of the store and checks included. Strong: the time of one"
+        " process divided by two is the ideal. Weak: the time of one process.",
+        "Each process computes its rows; gradients are summed once per step, after the backward"
+        " pass. What is not shared: the optimizer's step, which every process takes, and the checks"
+        " by hash at both ends of a stage.",
     ]
-    for case, own, each in zip(cases, seconds, later, strict=True):
-        whole, first = (spread(column) for column in zip(*own, strict=True))
-        section.add(case.blocks, whole, first, each, each.median / later[-1].median)
-    section.notes.append(
-        "Per later block: what the whole takes beyond block 0, over the blocks after it. What is"
-        " not linear is the proof by hash that nothing else moved: each block reads the whole"
-        " student, once before and once after."
-    )
     return section
 
 
-def beside_naive(kind: str, shape: Shape) -> tuple[Spread, Spread]:
-    """Milliseconds of one block's steady step, and the naive step over ours, charged in full."""
-    teacher, start = new_teacher(shape), new_student(kind, shape)
-    stitch: Any = starting_stitches(teacher, start)[MEASURED]
-    settings = StageSettings(epochs=shape.epochs, lr=LR)
-    loader = windows_loader(shape)
-    naive = naive_block(teacher, new_student(kind, shape), stitch, MEASURED, loader, settings)
-    steady, slow, fast = [], [], []
-    for _ in range(2):
-        (steps,) = block_steps(teacher, start, shape, only=MEASURED)
-        steady += [1e3 * seconds for seconds in steps.steady]
-        slow.append(statistics.median(naive.epoch(max_steps=3).step_seconds))
-        fast.append(steps.charged)
-    return spread(steady), ratios(slow, fast)
+def measured(shape: "Shape", processes: int, **task: Any) -> "Counts":
+    """What a run in processes of their own counted."""
+    from benchmarks.scaling_worker import Counts
+
+    with tempfile.TemporaryDirectory() as folder:
+        text = json.dumps({"shape": asdict(shape), "folder": folder, **task})
+        command = [sys.executable]
+        if processes > 1:
+            command += ["-m", "torch.distributed.run", "--standalone"]
+            command += ["--nproc_per_node", str(processes)]
+        done = subprocess.run(
+            [*command, "-m", "benchmarks.scaling_worker", text],
+            cwd=ROOT,
+            # What is freed goes back to the system, so that memory in use can be read.
+            env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if done.returncode != 0:
+        raise RuntimeError(f"the worker failed: {done.stderr.strip()[-2000:]}")
+    return Counts(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def step_flops(kind: str, shape: Shape) -> float:
-    """Matmul FLOPs of one step of a block and its stitch."""
-    teacher, start = new_teacher(replace(shape, blocks=1)), new_student(kind, shape)
-    stitch = starting_stitches(teacher, new_student(kind, replace(shape, blocks=1)))[0]
-    return matmul_flops([start.blocks[MEASURED], stitch], shape)
+def command_line(arguments: argparse.Namespace) -> str:
+    """The command that takes the same figures again."""
+    flags = [f"--{name}" for name in ("check", "quick") if getattr(arguments, name)]
+    return " ".join(["python -m benchmarks.scaling", *flags])
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

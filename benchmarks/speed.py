@@ -119,7 +119,7 @@ def section_measures(
     shape: "Shape", real: "RealCase", repeats: int, *, full: bool
 ) -> "dict[str, Callable[[], Section]]":
     """What measures each section, at the sizes given."""
-    from benchmarks import against_naive, decoding, memory, roofline, scaling
+    from benchmarks import against_naive, decoding, growth, memory, roofline
     from benchmarks.cases import KINDS
 
     kind, fewer = KINDS[0], replace(shape, batches=2)
@@ -129,10 +129,10 @@ def section_measures(
         "backbone": lambda: against_naive.measure_backbone(KINDS, more, full=full),
         "head": lambda: against_naive.measure_head(kind, shape),
         "end_to_end": lambda: against_naive.measure_end_to_end(kind, fewer),
-        "depth": lambda: scaling.measure_depth(kind, fewer, repeats),
-        "tokens": lambda: scaling.measure_tokens(kind, shape),
-        "blocks": lambda: scaling.measure_blocks(kind, fewer, min(2, repeats)),
-        "widths": lambda: scaling.measure_widths(kind, shape),
+        "depth": lambda: growth.measure_depth(kind, fewer, repeats),
+        "tokens": lambda: growth.measure_tokens(kind, shape),
+        "blocks": lambda: growth.measure_blocks(kind, fewer, min(2, repeats)),
+        "widths": lambda: growth.measure_widths(kind, shape),
         "roofline": lambda: roofline.measure_roofline(kind, shape),
         "memory": lambda: memory.measure_memory(kind, shape, repeats > 1),
         "smollm2": lambda: smollm2_or_why_not(kind, real, min(2, repeats)),

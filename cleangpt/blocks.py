@@ -13,7 +13,7 @@ d_student, d_teacher, heads, d_head.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, Protocol, cast, runtime_checkable
@@ -169,9 +169,11 @@ class BlockStack:
             kept.append(_first_input(args, kwargs))
             raise _StopForward
 
-        hook = self.block(index).register_forward_pre_hook(keep_input, with_kwargs=True)
+        # Before all other hooks: one of a block that is spread over processes would gather it.
+        block = self.block(index)
+        hook = block.register_forward_pre_hook(keep_input, with_kwargs=True, prepend=True)
         self._forward_until_stopped(input_ids, attention_mask, [hook])
-        return kept[0]
+        return kept[0].to(input_ids.device)
 
     def block_states(
         self,
@@ -268,7 +270,7 @@ class BlockStack:
             handles += [self.block(i).register_forward_hook(keep_output) for i in range(stop_after)]
         handles.append(self.block(stop_after).register_forward_hook(stop))
         self._forward_until_stopped(input_ids, attention_mask, handles)
-        return states
+        return [state.to(input_ids.device) for state in states]
 
     def _forward_until_stopped(
         self, input_ids: Tensor, attention_mask: Tensor | None, handles: Sequence[Any]
@@ -310,19 +312,24 @@ class BlockStack:
         def return_state(*args: Any, **kwargs: Any) -> Any:
             return result
 
-        own_forwards: list[tuple[nn.Module, Callable[..., Any] | None]] = []
+        replaced: list[tuple[nn.Module, dict[str, Any]]] = []
+        # Without its hooks too: those of a block that lies elsewhere would bring its weights.
+        stand_in = {"forward": return_state, "_forward_pre_hooks": {}, "_forward_hooks": {}}
         try:
             for index in range(count):
                 block = self.block(index)
-                own_forwards.append((block, block.__dict__.get("forward")))
-                block.forward = return_state
+                own = {name: block.__dict__[name] for name in stand_in if name in block.__dict__}
+                replaced.append((block, own))
+                block.__dict__.update(stand_in)
             yield
         finally:
-            for block, forward in own_forwards:
-                if forward is None:
-                    del block.forward
-                else:
-                    block.forward = forward
+            for block, own in replaced:
+                del block.__dict__["forward"]
+                block.__dict__.update(own)
+
+    def returns_tuples(self) -> bool:
+        """Whether a block returns its state in a tuple; finding out runs block 0, once."""
+        return self._tuple_length > 0
 
     @cached_property
     def _tuple_length(self) -> int:

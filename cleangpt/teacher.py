@@ -6,6 +6,7 @@ and what would do. Knows nothing about students or distillation; read ``blocks``
 """
 
 import contextlib
+import copy
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,21 +19,22 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from cleangpt.errors import CleanGPTError, InputError, ran_out_of_memory
+from cleangpt.device_maps import FLAG as DEVICE_MAP_FLAG, device_map
+from cleangpt.errors import CleanGPTError, InputError, UsageError, ran_out_of_memory
 from cleangpt.hub import is_hub_reachable, offline, refused, unreachable
 from cleangpt.quantized import loading_options, not_readable, quantisation_of, unpack
 from cleangpt.runtime.module_state import not_finite, tensors_fingerprint
+from cleangpt.runtime.placement import to_device
 from cleangpt.teacher_files import (
     attention_of,
     check_files,
     check_size,
-    check_template_names,
     one_line,
+    read_tokenizer,
     unreadable,
 )
 from cleangpt.teacher_source import TEACHER_FLAG, TeacherSource, find_teacher
@@ -50,7 +52,6 @@ _NOT_CAUSAL_HEADS = (
     "ForQuestionAnswering",
     "ForMultipleChoice",
 )
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model", "tekken.json")
 
 
 @dataclass(frozen=True)
@@ -85,10 +86,14 @@ def quiet_libraries() -> Iterator[None]:
     verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()
     log.disable_progress_bar()
+    placing = logging.getLogger("accelerate.big_modeling")
+    level = placing.level
+    placing.setLevel(logging.ERROR)
     try:
         yield
     finally:
         log.set_verbosity(verbosity)
+        placing.setLevel(level)
         if bars:
             log.enable_progress_bar()
 
@@ -138,8 +143,12 @@ def _has_attention(config: Any) -> bool:
     return "num_attention_heads" in {*text.to_dict(), *getattr(text, "attribute_map", {})}
 
 
-def _read_model(source: TeacherSource, config: Any, dtype: torch.dtype) -> PreTrainedModel:
+def _read_model(
+    source: TeacherSource, config: Any, dtype: torch.dtype, places: dict[str, str] | None
+) -> PreTrainedModel:
     options = source.options()
+    if places is not None:
+        options["device_map"] = places
     stored = _dtype_name(getattr(config, "dtype", None))  # loading overwrites it
     options |= attention_of(config)
     if source.is_local and any(Path(source.location).glob("*.safetensors")):
@@ -193,26 +202,6 @@ def _dtype_name(dtype: Any) -> str:
     return str(dtype or "").removeprefix("torch.")
 
 
-def _read_tokenizer(source: TeacherSource) -> PreTrainedTokenizerBase:
-    missing = InputError(
-        f"teacher {source.label} has no tokenizer; looked for {', '.join(TOKENIZER_FILES)}.",
-        "Save it there with tokenizer.save_pretrained(folder): the ids must be the teacher's own.",
-    )
-    if source.is_local and not source.gguf_file:
-        # Without files some families give an empty tokenizer and no error.
-        folder = Path(source.location)
-        if not any(next(folder.glob(pattern), None) for pattern in TOKENIZER_FILES):
-            raise missing
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source.location, **source.options())
-    except (ValueError, KeyError, TypeError, ImportError) as error:
-        raise missing from error
-    if len(tokenizer) < 2:
-        raise missing
-    check_template_names(source, tokenizer)
-    return tokenizer
-
-
 def _read_checked_config(source: TeacherSource) -> Any:
     """The configuration, after a look at the files it came with."""
     tensors = check_files(source)
@@ -222,23 +211,38 @@ def _read_checked_config(source: TeacherSource) -> Any:
     return config
 
 
-def _read_all(source: TeacherSource, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
+def _read_all(
+    source: TeacherSource, dtype: torch.dtype, asked: str | None, device: torch.device
+) -> tuple[PreTrainedModel, Any]:
     config = _read_checked_config(source)
-    tokenizer = _read_tokenizer(source)
-    return _read_model(source, config, dtype), tokenizer
+    tokenizer = read_tokenizer(source)
+    places = None
+    if asked is not None:
+        if source.gguf_file or quantisation_of(config) is not None:
+            raise UsageError(
+                f"teacher {source.label} is packed, and is unpacked as a whole; a device map needs"
+                " plain safetensors files.",
+                f"Leave {DEVICE_MAP_FLAG} out, or save the teacher with save_pretrained.",
+            )
+        places = device_map(_empty(copy.deepcopy(config), dtype, source), asked, device)
+    return _read_model(source, config, dtype, places), tokenizer
 
 
-def _read_outline(source: TeacherSource, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
-    config = _read_checked_config(source)
-    tokenizer = _read_tokenizer(source)
+def _empty(config: Any, dtype: torch.dtype, source: TeacherSource) -> PreTrainedModel:
+    """A model without weights."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config,
             dtype=dtype,
             trust_remote_code=source.trust_remote_code,
             **attention_of(config),
         )
-    return model, tokenizer
+    return model
+
+
+def _read_outline(source: TeacherSource, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
+    config = _read_checked_config(source)
+    return _empty(config, dtype, source), read_tokenizer(source)
 
 
 def _load(source: TeacherSource, read: Callable[[TeacherSource], T]) -> T:
@@ -298,7 +302,7 @@ def check_finite(model: PreTrainedModel) -> None:
     Raises:
         InputError: Naming the first of them.
     """
-    broken = not_finite(dict(model.named_parameters()))
+    broken = not_finite(dict(model.named_parameters()), model)
     if broken:
         raise InputError(
             f"there are NaN or infinite numbers in the teacher, a {type(model).__name__} in"
@@ -346,6 +350,7 @@ def load_teacher(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
+    places: str | None = None,
 ) -> Teacher:
     """Return a teacher by name, frozen and checked. Local names never touch the network.
 
@@ -356,6 +361,8 @@ def load_teacher(
         dtype: Of the parameters, whatever the checkpoint has; a difference is logged.
         device: Where the model is put.
         trust_remote_code: Run Python code that comes with the model. Off by default.
+        places: Where the blocks lie if not all on ``device``: "auto", or as "cuda=20,cpu=8,disk";
+            see :func:`~cleangpt.device_maps.device_map`.
 
     Raises:
         InputError: If nothing usable is there: no tokenizer, not a causal model, damaged weights.
@@ -364,12 +371,14 @@ def load_teacher(
     source = find_teacher(name, revision, trust_remote_code)
     if trust_remote_code:
         logger.warning("code that comes with teacher %s may run", source.label)
-    model, tokenizer = _load(source, lambda found: _read_all(found, dtype))
-    model = model.to(device).eval().requires_grad_(False)
+    where = torch.device(device)
+    model, tokenizer = _load(source, lambda found: _read_all(found, dtype, places, where))
+    to_device(model, where)
+    model.eval().requires_grad_(False)
     check_same_vocabulary(tokenizer, model)
     check_finite(model)
     check_causal(model)
-    fingerprint = tensors_fingerprint(model.named_parameters())
+    fingerprint = tensors_fingerprint(model.named_parameters(), model)
     return Teacher(model, tokenizer, name, source.label, fingerprint)
 
 

@@ -5,11 +5,12 @@ holds. Used by ``teacher`` and by whoever loads a HuggingFace folder.
 """
 
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from cleangpt.errors import InputError
 from cleangpt.integrity import check_sums
@@ -18,6 +19,7 @@ from cleangpt.weight_files import check_blocks, check_file, check_folder, weight
 
 PARAMETERS_PER_BYTE = 16
 """More than any quantisation packs into one."""
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model", "tekken.json")
 _TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}")
 
 
@@ -84,7 +86,32 @@ def attention_of(config: Any, known: Any = None) -> dict[str, str]:
     return {"attn_implementation": "sdpa" if model_class._supports_sdpa else "eager"}
 
 
-def check_template_names(source: TeacherSource, tokenizer: Any) -> None:
+def read_tokenizer(source: TeacherSource) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies beside the weights.
+
+    Raises:
+        InputError: If there is none, or it cannot be saved beside a student.
+    """
+    missing = InputError(
+        f"teacher {source.label} has no tokenizer; looked for {', '.join(TOKENIZER_FILES)}.",
+        "Save it there with tokenizer.save_pretrained(folder): the ids must be the teacher's own.",
+    )
+    if source.is_local and not source.gguf_file:
+        # Without files some families give an empty tokenizer and no error.
+        folder = Path(source.location)
+        if not any(next(folder.glob(pattern), None) for pattern in TOKENIZER_FILES):
+            raise missing
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.location, **source.options())
+    except (ValueError, KeyError, TypeError, ImportError) as error:
+        raise missing from error
+    if len(tokenizer) < 2:
+        raise missing
+    _check_template_names(source, tokenizer)
+    return tokenizer
+
+
+def _check_template_names(source: TeacherSource, tokenizer: Any) -> None:
     """Refuse names of chat templates that would lead elsewhere when the tokenizer is saved.
 
     Raises:

@@ -20,30 +20,27 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import xxhash
-from torch import Tensor
 
 from cleangpt.blocks import BlockStack, HiddenStates, State
-from cleangpt.runtime.faultpoints import faultpoint
 from cleangpt.runtime.launcher import launched, on_this_machine
-from cleangpt.runtime.module_state import preserved_modes, tensors_checksum
+from cleangpt.runtime.memory import free_memory
+from cleangpt.runtime.module_state import preserved_modes
+from cleangpt.sharding import sharded_blocks
 from distillation.batch import Batch
 from distillation.cache_plan import (
     STATE_DTYPES,
     CachePlan,
     cache_setting,
     free_disk,
-    free_memory,
     needed_bytes,
     plan_cache,
 )
 from distillation.config import DistillationConfig
 from distillation.disk_store import DiskStore
+from distillation.rolling_states import RollingStates, StatesInStep, level_weights
 from distillation.state_store import Budget, RamStore, StateStore
 
 logger = logging.getLogger(__name__)
-
-_POSITIONS_AT_ONCE = 512
 
 
 class Activations:
@@ -149,6 +146,21 @@ class Activations:
         budget = self._budget if fits else Budget(0)
         return RamStore(budget, dtype)
 
+    @torch.no_grad()
+    def stand_by(self, block: int, batch: Batch) -> None:
+        """Take part in what all processes of a run do for :meth:`teacher_output`.
+
+        Called instead of it where a process has nothing to learn from its share of a batch.
+        """
+        if sharded_blocks(self.teacher.model) is not None:
+            self._teacher_states.entering(block + 1, batch)
+
+    @torch.no_grad()
+    def stand_by_input(self, level: int, batch: Batch) -> None:
+        """The same for :meth:`teacher_input`."""
+        if sharded_blocks(self.teacher.model) is not None:
+            self._teacher_inputs.entering(level, batch)
+
     def hand_over(self, block: int, batch: Batch, output: State) -> None:
         """Told what a student block in training made of a batch; of no use here.
 
@@ -207,115 +219,16 @@ class Activations:
         self._use(*stores, *(RamStore(Budget(0), dtype) for _ in range(3 - len(stores))))
 
     def _use(self, *stores: StateStore) -> None:
-        self._teacher_states = _RollingStates(self.teacher, stores[0], learns=False)
-        self._student_states = _RollingStates(self.student, stores[1], learns=True)
-        self._teacher_inputs = _RollingStates(self.teacher, stores[2], learns=False)
+        self._teacher_states = self._of_teacher(stores[0])
+        self._student_states = RollingStates(self.student, stores[1], learns=True)
+        self._teacher_inputs = self._of_teacher(stores[2])
         self._rolling = (self._teacher_states, self._student_states, self._teacher_inputs)
 
-
-class _RollingStates:
-    """One state per window: what enters a block whose index only grows."""
-
-    def __init__(self, stack: BlockStack, store: StateStore, *, learns: bool) -> None:
-        self._stack = stack
-        self.store = store
-        self._learns = learns
-        self._index: int | None = None
-
-    def clear(self) -> None:
-        """Forget all windows."""
-        self.store.clear()
-
-    def finish(self, *, keep: bool) -> None:
-        """End the use of the store, and leave behind what can be used again if that is asked."""
-        if keep:
-            self._drop_stale()
-        self.store.finish(keep=keep)
-
-    def entering(self, index: int, batch: Batch) -> Tensor:
-        """What enters block ``index``, shape [batch, seq, d_state]."""
-        if self.store.budget.limit == 0:
-            return self._computed(index, batch, None)
-        if index != self._index:
-            self._drop_stale()
-            self._index = index
-        keys = batch.row_keys
-        groups: dict[tuple[int, torch.dtype] | None, list[int]] = {}
-        for position, key in enumerate(keys):
-            row = self.store.rows.get(key)
-            known = None if row is None else (row.level, row.dtype)
-            groups.setdefault(known, []).append(position)
-        if len(groups) == 1:
-            return self._entering(index, keys, batch)
-        parts = {
-            tuple(group): self._entering(index, [keys[i] for i in group], rows_of(batch, group))
-            for group in groups.values()
-        }
-        first = next(iter(parts.values()))
-        state = first.new_empty(len(keys), *first.shape[1:])
-        for group, part in parts.items():
-            state[list(group)] = part.to(state.dtype)
-        return state
-
-    def _drop_stale(self) -> None:
-        """Forget states from before blocks learnt on; asked between two levels, it is cheap."""
-        if self._learns:
-            self.store.drop_stale(level_weights(self._stack))
-
-    def _entering(self, index: int, keys: list[bytes], batch: Batch) -> Tensor:
-        """The same for windows that are all unknown, or all known at one level."""
-        row = self.store.rows.get(keys[0])
-        state = None
-        if row is not None and row.level <= index:
-            state = self.store.read_batch(row, keys, batch)
-        if row is not None and state is not None and row.level == index:
-            return state
-        known = None if row is None or state is None else (row.level, state)
-        state = self._computed(index, batch, known)
-        faultpoint("store.computed")
-        self.store.write_batch(keys, index, state, batch)
-        faultpoint("store.kept")
-        return state
-
-    def _computed(self, index: int, batch: Batch, known: tuple[int, Tensor] | None) -> Tensor:
-        """Run the blocks from what is known, or from the tokens, some windows at a time.
-
-        What a block makes on its way is several times its output, and the peak of a stage's memory
-        if a whole batch passes at once. On an accelerator time counts more.
-        """
-        windows, seq_len = batch.input_ids.shape
-        on_cpu = batch.input_ids.device.type == "cpu"
-        size = max(1, _POSITIONS_AT_ONCE // max(1, seq_len)) if on_cpu else windows
-        if size >= windows:
-            return self._run(index, batch, known)
-        whole: Tensor | None = None
-        for start in range(0, windows, size):
-            rows = list(range(start, min(start + size, windows)))
-            entering = None if known is None else (known[0], known[1][rows])
-            part = self._run(index, rows_of(batch, rows), entering)
-            if whole is None:
-                whole = part.new_empty(windows, *part.shape[1:])
-            whole[rows] = part
-        assert whole is not None
-        return whole
-
-    def _run(self, index: int, batch: Batch, known: tuple[int, Tensor] | None) -> Tensor:
-        if known is None:
-            return self._stack.state_entering(index, batch.input_ids, batch.mask)
-        level, state = known
-        for block in range(level, index):
-            state = self._stack.advance(block, state, batch.input_ids, batch.mask)
-        return state
-
-
-def rows_of(batch: Batch, rows: list[int]) -> Batch:
-    """Some rows of a batch."""
-    return Batch(
-        batch.input_ids[rows],
-        batch.attention_mask[rows],
-        batch.host_ids[rows],
-        batch.host_mask[rows],
-    )
+    def _of_teacher(self, store: StateStore) -> RollingStates:
+        shards = sharded_blocks(self.teacher.model)
+        if shards is not None:
+            return StatesInStep(self.teacher, store, shards)
+        return RollingStates(self.teacher, store, learns=False)
 
 
 @torch.no_grad()
@@ -330,22 +243,3 @@ def kept_widths(teacher: BlockStack, student: BlockStack, block_inputs: str) -> 
     """The widths of the states that are kept of each position, one level of each at a time."""
     widths = [state_width(teacher), state_width(student)]
     return widths if block_inputs == "student" else [*widths, widths[0]]
-
-
-def level_weights(stack: BlockStack) -> list[str]:
-    """A checksum per level of all tensors that a state entering that block depends on.
-
-    Entry 0 is of the embeddings and entry ``num_blocks`` of the whole backbone. The final norm and
-    the head are in none: the head phase changes them and no state.
-    """
-    blocks = [stack.block(i) for i in range(stack.num_blocks)]
-    others = {id(module) for module in (*blocks, stack.final_norm, stack.lm_head)}
-    prefixes = tuple(
-        f"{name}." for name, module in stack.model.named_modules() if id(module) in others
-    )
-    tensors = stack.model.state_dict().items()
-    sums = [tensors_checksum((n, t) for n, t in tensors if not n.startswith(prefixes))]
-    for block in blocks:
-        own = tensors_checksum(block.state_dict().items())
-        sums.append(xxhash.xxh3_128_hexdigest((sums[-1] + own).encode()))
-    return sums

@@ -97,3 +97,13 @@ def as_batch(raw: Any, device: torch.device) -> Batch:
         input_ids.cpu(),
         mask.cpu().bool(),
     )
+
+
+def rows_of(batch: Batch, rows: list[int]) -> Batch:
+    """Some rows of a batch."""
+    return Batch(
+        batch.input_ids[rows],
+        batch.attention_mask[rows],
+        batch.host_ids[rows],
+        batch.host_mask[rows],
+    )

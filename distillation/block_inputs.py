@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from cleangpt.blocks import State
 from cleangpt.errors import UsageError
+from cleangpt.sharding import sharded_blocks
 from distillation.activations import Activations, state_width
 from distillation.batch import Batch
 from stitching_layers import StitchingLayers
@@ -45,6 +46,9 @@ class StudentInputs:
             progress: The share of its steps that are done, in [0, 1).
         """
         return self.activations.student_input(block, batch)
+
+    def stand_by(self, block: int, batch: Batch) -> None:
+        """Take part in what only all processes can do for :meth:`entering`; see ``stages``."""
 
 
 class TeacherInputs(StudentInputs):
@@ -77,6 +81,10 @@ class TeacherInputs(StudentInputs):
         own = self.activations.student_input(block, batch)
         return self.activations.student.with_hidden(own, hidden)
 
+    def stand_by(self, block: int, batch: Batch) -> None:
+        """Take part in the teacher's pass."""
+        self.activations.stand_by_input(self._levels[block - 1], batch)
+
 
 class MixedInputs(TeacherInputs):
     """The teacher's state at first, and for more and more windows the student's own.
@@ -93,10 +101,16 @@ class MixedInputs(TeacherInputs):
         moments = [int.from_bytes(key[:8], "big") / 2**64 for key in batch.row_keys]
         taught = [position for position, moment in enumerate(moments) if moment >= progress]
         if not taught:
+            super().stand_by(block, batch)  # other processes may have windows that are
             return own
         mixed = own.clone()
         mixed[taught] = super().entering(block, batch, progress)[taught].to(own.dtype)
         return mixed
+
+    def stand_by(self, block: int, batch: Batch) -> None:
+        """Take part in the teacher's pass, where there is one."""
+        if torch.is_grad_enabled():
+            super().stand_by(block, batch)
 
 
 def has_other_streams(activations: Activations) -> bool:
@@ -120,6 +134,12 @@ def check_inputs(how: str, schedule: str, activations: Activations) -> None:
     Raises:
         UsageError: If it is wider than the teacher, or its blocks cannot be decoupled.
     """
+    if schedule == "decoupled" and sharded_blocks(activations.teacher.model) is not None:
+        raise UsageError(
+            "schedule='decoupled' lets each process run the teacher by itself, and this teacher is"
+            " spread over all of them.",
+            "Choose --schedule sequential, or leave --shard_teacher out.",
+        )
     student, teacher = activations.student.hidden_size, activations.teacher.hidden_size
     if how != "student" and student > teacher:
         raise UsageError(

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 CACHES = ("auto", "ram", "disk", "off")
@@ -18,7 +17,6 @@ STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """How states are kept, by the name of the setting ``activation_dtype``."""
 
 _OFF = "nowhere (activation_cache=off): both models run up to the block in training for every batch"
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -114,13 +112,6 @@ def positions_in(loader: Any) -> int | None:
     return len(dataset) * known[0]
 
 
-def free_memory(device: torch.device) -> int:
-    """Free bytes of the memory in which the states of models on ``device`` lie."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return min([int(psutil.virtual_memory().available), *_free_in_container()])
-
-
 def free_disk(path: Path) -> int:
     """Free bytes of the disk on which ``path`` is or will be."""
     place = next(p for p in (path, *path.absolute().parents) if p.exists())
@@ -129,7 +120,7 @@ def free_disk(path: Path) -> int:
 
 def shown_bytes(size: int) -> str:
     """Bytes for people, in powers of 1000: "1.5 GB", "20 MB"."""
-    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+    for unit, name in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
         if size >= unit:
             return f"{size / unit:.3g} {name}"
     return f"{size} bytes"
@@ -149,14 +140,3 @@ def _choice(need_bytes: int | None, rooms: dict[str, tuple[int, str]]) -> str:
     if need_bytes is None or need_bytes <= rooms["ram"][0]:
         return "ram"
     return "disk" if need_bytes <= rooms["disk"][0] else "ram"
-
-
-def _free_in_container() -> list[int]:
-    """What a container's own limit leaves, which the machine's numbers do not show; maybe empty."""
-    try:
-        limit = int((_CGROUP / "memory.max").read_text())
-        used = int((_CGROUP / "memory.current").read_text())
-        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
-        return [max(0, limit - used + int(stat["inactive_file"]))]  # cached files give way
-    except (OSError, ValueError, KeyError):  # no limit ("max"), or not Linux
-        return []

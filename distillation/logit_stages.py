@@ -71,6 +71,10 @@ class HeadStage(Stage):
             batch, self.activations.student_input(self.student.num_blocks, batch)
         )
 
+    def stand_by(self, batch: Batch) -> None:
+        """Take part in the teacher's pass through this batch."""
+        self.activations.stand_by(self.teacher.num_blocks - 1, batch)
+
     def logit_loss(self, batch: Batch, last_state: Tensor) -> Float[Tensor, ""]:
         """The same for given raw outputs of the student's last block, [batch, seq, d_state]."""
         state = batch.valid(last_state)

@@ -18,8 +18,8 @@ from torch import nn
 from cleangpt.errors import InputError
 from cleangpt.runtime.module_state import preserved_modes
 from cleangpt.runtime.precision import Precision
-from distillation.activations import Activations, rows_of
-from distillation.batch import Batch
+from distillation.activations import Activations
+from distillation.batch import Batch, rows_of
 from distillation.logit_stages import HeadStage, untied_for_now
 from distillation.stages import Stage
 
@@ -66,7 +66,7 @@ def check_stages_learn(
 
     Args:
         stages: In the order of the run. Each finds the others' weights as they are now.
-        batch: A few windows.
+        batch: A few windows; the first two are used.
         precision: The run's precision.
         device: Where the run trains.
 
@@ -74,6 +74,7 @@ def check_stages_learn(
         InputError: Naming the stage, if its loss does not fall by a tenth in ``STEPS`` steps, and
             was not next to nothing from the start.
     """
+    batch = rows_of(batch, list(range(min(WINDOWS, len(batch.input_ids)))))
     for stage in stages:
         modules = [stage.student.model, *stage.modules().values()]
         with torch.random.fork_rng(), preserved_modes(*modules):

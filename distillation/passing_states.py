@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cleangpt.blocks import HiddenStates, State
+from cleangpt.sharding import sharded_blocks
 from distillation.activations import Activations
 from distillation.batch import Batch
 from distillation.state_store import StateStore
@@ -39,6 +40,8 @@ class PassingStates(Activations):
         """The raw output of a teacher block."""
         if batch not in self._taught:
             side_by_side = self._known(batch)
+            if sharded_blocks(self.teacher.model) is not None:
+                self._keep_in_step(needs_it=side_by_side is None)
             if side_by_side is None:
                 side_by_side = self._computed(batch)
                 self._kept.write_batch(batch.row_keys, 0, side_by_side, batch)
@@ -52,6 +55,26 @@ class PassingStates(Activations):
     def teacher_input(self, level: int, batch: Batch) -> HiddenStates:
         """What enters a teacher block after one that teaches."""
         return self.teacher_output(level - 1, batch)
+
+    @torch.no_grad()
+    def stand_by(self, block: int, batch: Batch) -> None:
+        """Take part in a pass through a spread teacher that has no windows here."""
+        if sharded_blocks(self.teacher.model) is not None and batch not in self._taught:
+            self._keep_in_step(needs_it=False)
+            self._taught[batch] = {}
+
+    def stand_by_input(self, level: int, batch: Batch) -> None:
+        """The same for the states that enter blocks, which are outputs of others."""
+        self.stand_by(level - 1, batch)
+
+    def _keep_in_step(self, *, needs_it: bool) -> None:
+        """Gather the blocks that other processes are about to run, if this one runs none."""
+        shards = sharded_blocks(self.teacher.model)
+        assert shards is not None
+        stop = self._teacher_blocks[-1] + 1
+        lowest = shards.lowest(0 if needs_it else stop)
+        for block in range(stop if needs_it else lowest, stop):
+            shards.touch(block)
 
     def _known(self, batch: Batch) -> Tensor | None:
         rows = [self._kept.rows.get(key) for key in batch.row_keys]

@@ -17,7 +17,7 @@ from distillation.disk_needs import disk_needs, trains_whole_student
 from distillation.losses.chunked import LOGITS_AT_ONCE
 from distillation.probe import Costs
 
-_ADAM_BYTES = 12
+ADAM_BYTES = 12
 """Per trained parameter: a gradient and two moments in float32."""
 
 
@@ -41,6 +41,7 @@ class Workload:
         reads_teacher: Whether the teacher's states enter blocks that learn.
         reads_student: Whether the student's own do.
         passes: How many passes the data come in; every stage has all its epochs on each.
+        polish_reads_levels: Whether the polish is taught the states of all teaching blocks too.
     """
 
     positions: int
@@ -57,6 +58,7 @@ class Workload:
     reads_teacher: bool = False
     reads_student: bool = True
     passes: int = 1
+    polish_reads_levels: bool = False
 
     def over_passes(
         self, kept: "Passes", streamed: "Passes", fresh: "Passes"
@@ -203,16 +205,19 @@ def memory_parts(
         work: What is trained on.
         kept_bytes: Frozen states that are kept in memory.
     """
-    training = max(_stage_memory(student, work, block) for block in range(student.num_blocks))
+    stitch = stitch_parameters(teacher, student)
+    training = max(stage_memory(student, work, block) for block in range(student.num_blocks))
+    training += ADAM_BYTES * stitch
     if work.head_epochs is not None:
-        training = max(training, _head_memory(student))
+        training = max(training, head_memory(student, work))
     if work.polish_epochs:
-        training = max(training, _polish_memory(student, work))
+        training = max(training, polish_memory(student, work))
+    weights = parameters(teacher.model) + parameters(student.model)
     return {
-        "both models": 4 * (parameters(teacher.model) + parameters(student.model)),
+        "both models": 4 * (weights + student.num_blocks * stitch),
         "kept states": kept_bytes,
         "gradients, moments and activations of the stage in training": training,
-        "a batch on its way through the teacher": _states_memory(teacher, student, work),
+        "a batch on its way through the teacher": states_memory(teacher, student, work),
     }
 
 
@@ -225,6 +230,11 @@ def block_flops(stack: BlockStack, index: int, seq_len: int) -> float:
 def parameters(model: nn.Module) -> int:
     """Stored parameters; a shared tensor counts once."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def stitch_parameters(teacher: BlockStack, student: BlockStack) -> int:
+    """Numbers of one stitching layer."""
+    return (student.hidden_size + 1) * teacher.hidden_size
 
 
 def _block_stages(
@@ -291,10 +301,13 @@ def _polish_stage(
     epochs, blocks = work.polish_epochs, student.num_blocks
     # After a head phase the teacher's last states are known.
     once = teacher.num_blocks if work.head_epochs is None else 0
+    fresh = teacher.num_blocks
+    if work.polish_reads_levels:  # kept side by side, apart from the others
+        once = fresh = teacher.num_blocks * (1 if work.levels_fit else epochs)
     passes = work.over_passes(
         Passes(once, 0, epochs),
         Passes(teacher.num_blocks * epochs, 0, epochs),
-        Passes(teacher.num_blocks, 0, epochs),
+        Passes(fresh, 0, epochs),
     )
     step = costs.first_block_step + (blocks - 1) * costs.block_step + costs.head_step
     heads = 2.0 * teacher.vocab_size * (teacher.hidden_size + 3 * student.hidden_size)
@@ -324,7 +337,7 @@ def _estimate(
     return StageEstimate(name, steps, (flops[0], flops[1]), (seconds[0], seconds[1]))
 
 
-def _stage_memory(student: BlockStack, work: Workload, block: int) -> int:
+def stage_memory(student: BlockStack, work: Workload, block: int) -> int:
     """Gradients, moments and the graph of one block in training."""
     blocks = [parameters(student.block(index)) for index in range(student.num_blocks)]
     trained = blocks[block]
@@ -334,26 +347,33 @@ def _stage_memory(student: BlockStack, work: Workload, block: int) -> int:
         trained = parameters(student.model)
     # What a block's graph keeps: norms, queries, keys, values, the MLP inside and out.
     graph = work.batch_size * work.seq_len * 20 * student.hidden_size * 4
-    return _ADAM_BYTES * trained + graph
+    return ADAM_BYTES * trained + graph
 
 
-def _head_memory(student: BlockStack) -> int:
-    """Gradients and moments of the head, and the logits of one chunk: both models' and an error."""
-    return _ADAM_BYTES * _head_parameters(student) + 3 * 4 * LOGITS_AT_ONCE
+def head_memory(student: BlockStack, work: Workload) -> int:
+    """Gradients and moments of the head, and a chunk of logits."""
+    return ADAM_BYTES * head_parameters(student) + chunk_memory(student, work)
 
 
-def _polish_memory(student: BlockStack, work: Workload) -> int:
+def chunk_memory(student: BlockStack, work: Workload) -> int:
+    """One chunk of logits: both models', their log-probabilities, an error and its gradient."""
+    logits = work.batch_size * work.seq_len * student.vocab_size
+    return 6 * 4 * min(LOGITS_AT_ONCE, logits)
+
+
+def polish_memory(student: BlockStack, work: Workload) -> int:
     """Gradients and moments of everything, the graph of all blocks, and one chunk of logits."""
-    trained = parameters(student.model) + _head_parameters(student)
+    trained = parameters(student.model) + head_parameters(student)
     graph = work.batch_size * work.seq_len * 20 * student.hidden_size * 4 * student.num_blocks
-    return _ADAM_BYTES * trained + graph + 3 * 4 * LOGITS_AT_ONCE
+    return ADAM_BYTES * trained + graph + chunk_memory(student, work)
 
 
-def _head_parameters(student: BlockStack) -> int:
+def head_parameters(student: BlockStack) -> int:
+    """Numbers of a head's weight."""
     return student.vocab_size * student.hidden_size
 
 
-def _states_memory(teacher: BlockStack, student: BlockStack, work: Workload) -> int:
+def states_memory(teacher: BlockStack, student: BlockStack, work: Workload) -> int:
     """A batch's states on their way through one block of the teacher."""
     widest = 10 * teacher.hidden_size + 4 * student.hidden_size
     return 4 * work.batch_size * work.seq_len * widest

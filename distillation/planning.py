@@ -8,11 +8,11 @@ from torch import nn
 
 from cleangpt.blocks import BlockStack
 from cleangpt.errors import OutOfMemory, UsageError, ran_out_of_memory
+from cleangpt.runtime.memory import free_memory
 from distillation.activations import kept_widths
 from distillation.cache_plan import (
     cache_setting,
     free_disk,
-    free_memory,
     needed_bytes,
     plan_cache,
     positions_in,
@@ -144,4 +144,5 @@ def _workload(
         reads_teacher=trainer.shares_basis,
         reads_student=trainer.config.block_inputs != "teacher",
         passes=passes_of(loader),
+        polish_reads_levels=trainer.config.polish_hidden_weight > 0,
     )

@@ -56,6 +56,12 @@ class Stage(ABC):
         """The loss that tells a good epoch from a better one, on data not trained on."""
         return self.loss(batch)
 
+    def stand_by(self, batch: Batch) -> None:  # noqa: B027 - most processes are on their own
+        """Called instead of a loss where a process has no position of a batch to learn from.
+
+        Takes part in what only all processes of a run together can do.
+        """
+
     def count(self, batch: Batch) -> int:
         """The positions the loss of a batch is a mean over."""
         return batch.num_valid
@@ -161,6 +167,12 @@ class BlockStage(Stage):
         if torch.is_grad_enabled():  # validation is no part of the epoch
             self._fit.add(*comparable(self.loss_fn, student.detach(), teacher))
         return self.loss_fn(student, teacher)
+
+    def stand_by(self, batch: Batch) -> None:
+        """Take part in the teacher's pass through this batch."""
+        self.activations.stand_by(self.teacher_block, batch)
+        if self.block and self.freeze_previous:
+            self.inputs.stand_by(self.block, batch)
 
     def count(self, batch: Batch) -> int:
         """The compared positions."""

@@ -21,6 +21,7 @@ from cleangpt.blocks import BlockStack
 from cleangpt.errors import UsageError
 from cleangpt.heads import head_is_tied
 from cleangpt.runtime.module_state import preserved_modes
+from cleangpt.runtime.placement import whole_weights
 from distillation.head_init import can_copy_head, copy_head
 from distillation.teacher_weights import (
     AttentionWeights,
@@ -109,7 +110,9 @@ def _fill_blocks(
     needs_sizes = any(getattr(parts, "mlp_gain", None) is not None for parts in named)
     sizes = _state_sizes(teacher, basis) if needs_sizes else [1.0] * teacher.num_blocks
     for index, (source, parts) in enumerate(zip(sources, named, strict=True)):
-        filled = _fill_block(read_block(teacher, source), parts, basis, sizes[source])
+        with whole_weights(teacher.block(source)):
+            weights = read_block(teacher, source)
+        filled = _fill_block(weights, parts, basis, sizes[source])
         if parts is not None and index and source == sources[index - 1]:
             _silence(parts)
             filled.append("a copy of the block before, which writes nothing at first")

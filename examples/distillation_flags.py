@@ -17,6 +17,7 @@ from cleangpt.cli import (
 )
 from config_distillation import MODEL_TYPES
 from distillation.recipes import RECIPES, TUTORIAL
+from examples.distillation_scale import add_scale_flags
 from examples.distillation_streaming import add_streaming_flags
 from examples.student_flags import HF_STUDENT, check_student_flags, keep_own_weights
 
@@ -138,6 +139,7 @@ def build_parser() -> CommandParser:
     _add_data_flags(parser)
     _add_stage_flags(parser)
     _add_run_flags(parser)
+    add_scale_flags(parser)
     return parser
 
 

@@ -20,10 +20,12 @@ from cleangpt.cli import run_command, setup_logging
 from cleangpt.runtime.launcher import launched
 from examples.distillation_data import build_dataloader, find_documents, validation_dataloader
 from examples.distillation_flags import build_parser, parse_arguments
+from examples.distillation_scale import check_scale_flags, plan_for_cluster
 from examples.distillation_student import build_student
 from examples.student_flags import HF_STUDENT
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from cleangpt.data import DistillationDataCollator, TextDataset
@@ -66,6 +68,11 @@ def main(argv: list[str] | None = None) -> None:
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
     setup_logging(debug)
     arguments = parse_arguments(argv)
+    check_scale_flags(arguments)
+    if arguments.plan_device:
+        planned, lines = plan_for_cluster(arguments, get_model_class)
+        print("\n".join([planned.table(), *lines]))
+        return
     if arguments.plan:
         trainer, _ = prepare(arguments)
         print(plan(trainer, arguments).table())
@@ -136,7 +143,6 @@ def prepare(arguments: argparse.Namespace) -> "tuple[DistillationTrainer, nn.Mod
     from cleangpt.runtime.device import default_device, resolve_device
     from cleangpt.runtime.ranks import join
     from cleangpt.runtime.threads import set_threads
-    from cleangpt.teacher import load_teacher, load_teacher_outline
 
     transformers_logging.disable_progress_bar()
     device = resolve_device(arguments.device) if arguments.device else default_device()
@@ -146,12 +152,7 @@ def prepare(arguments: argparse.Namespace) -> "tuple[DistillationTrainer, nn.Mod
     threads = set_threads(arguments.threads, arguments.num_workers)
     several = f"; {ranks.count} processes share each batch" if ranks.count > 1 else ""
     logger.info("Seed %d on %s, %s%s", arguments.seed, device, threads, several)
-    load = load_teacher_outline if arguments.plan else load_teacher
-    teacher = load(
-        arguments.teacher_model_name_or_path,
-        revision=arguments.teacher_revision,
-        trust_remote_code=arguments.trust_remote_code,
-    )
+    teacher = read_teacher(arguments, device, ranks.count)
     with torch.device("meta") if arguments.plan else contextlib.nullcontext():
         student = build_student(arguments, teacher, get_model_class)
     loader = build_dataloader(arguments, source, teacher, student)
@@ -161,6 +162,44 @@ def prepare(arguments: argparse.Namespace) -> "tuple[DistillationTrainer, nn.Mod
     elif arguments.validation_tokens:
         held_out = validation_dataloader(arguments, teacher)
     return build_trainer(arguments, teacher, student, loader, held_out, device), student
+
+
+def read_teacher(
+    arguments: argparse.Namespace, device: "torch.device", processes: int
+) -> "Teacher":
+    """The teacher the flags name, where they want its blocks; for a plan, its shape alone.
+
+    Raises:
+        UsageError: If the flags want the blocks at two places, or spread over one process.
+    """
+    import torch
+
+    from cleangpt.errors import UsageError
+    from cleangpt.sharding import check_can_shard, shard_blocks
+    from cleangpt.teacher import load_teacher, load_teacher_outline
+
+    options: dict[str, Any] = {
+        "revision": arguments.teacher_revision,
+        "trust_remote_code": arguments.trust_remote_code,
+    }
+    name, places = arguments.teacher_model_name_or_path, arguments.teacher_device_map
+    if arguments.plan:
+        return load_teacher_outline(name, **options)
+    if arguments.shard_teacher:
+        check_can_shard(processes)
+        if places:
+            raise UsageError(
+                "--shard_teacher spreads blocks over processes, --teacher_device_map over places.",
+                "Leave one of them out.",
+            )
+        places = "disk"  # so that no process ever holds the whole teacher
+    dtype = torch.bfloat16 if arguments.teacher_dtype == "bf16" else torch.float32
+    if places:
+        options |= {"device": device, "places": places}
+    teacher = load_teacher(name, dtype=dtype, **options)
+    if arguments.shard_teacher:
+        shard_blocks(teacher.model, device)
+    return teacher
 
 
 def plan(trainer: "DistillationTrainer", arguments: argparse.Namespace) -> "RunPlan":
@@ -240,6 +279,8 @@ def evaluation_command(arguments: argparse.Namespace, student_path: str) -> str:
     words += ["--teacher_model_name", arguments.teacher_model_name_or_path]
     if arguments.teacher_revision:
         words += ["--teacher_revision", arguments.teacher_revision]
+    if arguments.teacher_device_map:
+        words += ["--teacher_device_map", arguments.teacher_device_map]
     words += ["--dataset_name", arguments.dataset_name]
     if arguments.dataset_name != "builtin" and not Path(arguments.dataset_name).exists():
         # Ours always have a test split; a published data set may only have this one.

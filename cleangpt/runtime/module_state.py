@@ -9,6 +9,8 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from cleangpt.runtime.placement import whole_tensor
+
 
 @contextmanager
 def preserved_modes(*models: nn.Module) -> Iterator[None]:
@@ -24,24 +26,46 @@ def preserved_modes(*models: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
-def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names of the tensors that hold NaN or infinite numbers."""
-    return [n for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
+def not_finite(tensors: Mapping[str, Tensor], owner: nn.Module | None = None) -> list[str]:
+    """The names of the tensors that hold NaN or infinite numbers.
+
+    Args:
+        tensors: By name.
+        owner: The module whose state they are of, where some of them may lie elsewhere.
+    """
+    found = []
+    for name, tensor in tensors.items():
+        whole = tensor if owner is None else whole_tensor(owner, name, tensor)
+        if whole.is_floating_point() and not whole.isfinite().all():
+            found.append(name)
+    return found
 
 
-def tensors_fingerprint(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 over names, shapes and bytes: equal exactly when every tensor is, bit for bit."""
-    return _digest(hashlib.sha256(), named_tensors)
+def tensors_fingerprint(
+    named_tensors: Iterable[tuple[str, Tensor]], owner: nn.Module | None = None
+) -> str:
+    """SHA-256 over names, shapes and bytes: equal exactly when every tensor is, bit for bit.
+
+    Args:
+        named_tensors: The tensors.
+        owner: The module whose state they are of, where some of them may lie elsewhere.
+    """
+    return _digest(hashlib.sha256(), named_tensors, owner)
 
 
-def tensors_checksum(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
+def tensors_checksum(
+    named_tensors: Iterable[tuple[str, Tensor]], owner: nn.Module | None = None
+) -> str:
     """The same with XXH3-128: ten times as fast, and safe against accidents only."""
-    return _digest(xxhash.xxh3_128(), named_tensors)
+    return _digest(xxhash.xxh3_128(), named_tensors, owner)
 
 
-def _digest(digest: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> str:
+def _digest(
+    digest: Any, named_tensors: Iterable[tuple[str, Tensor]], owner: nn.Module | None
+) -> str:
     for name, tensor in sorted(named_tensors, key=lambda item: item[0]):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        whole = tensor if owner is None else whole_tensor(owner, name, tensor)
+        raw = whole.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(raw.numpy())
     return str(digest.hexdigest())

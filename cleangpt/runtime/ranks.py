@@ -92,12 +92,16 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process."""
+        return self.smallest(-int(flag)) < 0
+
+    def smallest(self, number: int) -> int:
+        """The smallest of all processes' numbers."""
         if self.count == 1:
-            return flag
+            return number
         device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
-        flags = torch.tensor(float(flag), device=device)
-        distributed.all_reduce(flags)
-        return bool(flags > 0)
+        found = torch.tensor(number, device=device)
+        distributed.all_reduce(found, op=distributed.ReduceOp.MIN)
+        return int(found)
 
     def from_main(self, value: T) -> T:
         """What process 0 has for ``value``; plain data only."""

@@ -76,6 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     teacher = load_teacher(
         arguments.teacher_model_name,
         revision=arguments.teacher_revision,
+        places=arguments.teacher_device_map,
         device=device,
         trust_remote_code=arguments.trust_remote_code,
     )
@@ -187,6 +188,12 @@ def build_parser() -> CommandParser:
         "--teacher_model_name", default="builtin", help="teacher by name or path (default: builtin)"
     )
     add("--teacher_revision", help="revision of the teacher on its hub")
+    add(
+        "--teacher_device_map",
+        metavar="PLACES",
+        help="where the teacher's blocks lie if not all on the device: auto, or places with numbers"
+        " of blocks as cuda=20,cpu=8,disk (default: all on the device)",
+    )
     add("--dataset_name", default="builtin", help="data by name or path (default: builtin)")
     add("--dataset_config_name", help="configuration of the data set")
     add("--dataset_split", default="test", help="split to evaluate on (default: test)")

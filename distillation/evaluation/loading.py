@@ -21,8 +21,8 @@ from cleangpt.errors import CheckpointError, InputError, ran_out_of_memory
 from cleangpt.hub import local_path
 from cleangpt.integrity import check_sums, parse_json_object
 from cleangpt.manifest import read_manifest
-from cleangpt.teacher import TOKENIZER_FILES, load_teacher, quiet_libraries
-from cleangpt.teacher_files import attention_of
+from cleangpt.teacher import load_teacher, quiet_libraries
+from cleangpt.teacher_files import TOKENIZER_FILES, attention_of
 from cleangpt.vocabulary import check_same_tokens
 from cleangpt.weight_files import check_blocks, check_file, check_folder
 from distillation.evaluation.student_files import (

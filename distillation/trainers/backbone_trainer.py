@@ -13,6 +13,7 @@ from typing_extensions import Unpack
 from cleangpt.checkpoints import refuse_nonfinite
 from cleangpt.run_directory import RunDirectory
 from cleangpt.runtime.module_state import preserved_modes
+from cleangpt.sharding import sharded_blocks
 from distillation.activations import Activations
 from distillation.audit import TeacherAudit, audit_teacher, pca_basis
 from distillation.block_inputs import check_inputs, choose_inputs, share_basis
@@ -122,6 +123,9 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
         )
         sizes = self.student.num_blocks, self.teacher.num_blocks
         self.layer_map = choose_layer_map(config.layer_map, *sizes)
+        shards = sharded_blocks(teacher_model)
+        if shards is not None:
+            shards.keep_for(self.layer_map)
         self.learning_blocks = choose_blocks(config.blocks, self.student.num_blocks)
         self.stitches: StitchingLayers | None = None
         self.stitches_are_stale = False
@@ -375,14 +379,14 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
 
     def after_epoch(self, stage: Stage, epoch: int) -> None:
         """Write the picture of this epoch, if pictures were asked for."""
-        wanted = self.config.hidden_state_pictures and self.ranks.is_main
-        if wanted and isinstance(stage, BlockStage):
+        if self.config.hidden_state_pictures and isinstance(stage, BlockStage):
             batch = next(iter(self.batches(0, self.current_pass)))
             with torch.no_grad(), preserved_modes(self.student_model):
                 self.student_model.eval()
                 student, teacher = stage.states(batch)
             name = f"hidden_states_block_{stage.block}_epoch_{epoch}.png"
-            save_hidden_state_picture(self.run.path / "pictures" / name, student[0], teacher[0])
+            if self.ranks.is_main:  # all take part in the states, one draws
+                save_hidden_state_picture(self.run.path / "pictures" / name, student[0], teacher[0])
 
     def _new_stitches(self) -> StitchingLayers:
         torch.manual_seed(derived_seed(self.config.seed, "stitches"))

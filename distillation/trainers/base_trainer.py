@@ -25,6 +25,7 @@ from cleangpt.run_directory import RunDirectory
 from cleangpt.runtime.device import resolve_device, seed_generators
 from cleangpt.runtime.fused_gelu import fused_gelu
 from cleangpt.runtime.module_state import preserved_modes, tensors_fingerprint
+from cleangpt.runtime.placement import to_device
 from cleangpt.runtime.precision import choose_precision
 from cleangpt.runtime.ranks import join
 from distillation.activations import Activations
@@ -136,7 +137,9 @@ class BaseDistillationTrainer:
             "data_sketch": getattr(dataset, "sketch", None),
             "teacher": {
                 "class": type(self.teacher_model).__name__,
-                "fingerprint": tensors_fingerprint(self.teacher_model.state_dict().items()),
+                "fingerprint": tensors_fingerprint(
+                    self.teacher_model.state_dict().items(), self.teacher_model
+                ),
                 "name": str(getattr(self.teacher.model.config, "name_or_path", "")),
                 "parameters": count_parameters(self.teacher_model),
             },
@@ -156,7 +159,7 @@ class BaseDistillationTrainer:
         Both models on the device, the run's directory held, and afterwards the modes, the random
         state and the memory as before. A trainer inside a larger run joins that run.
         """
-        self.teacher_model.to(self.device)
+        to_device(self.teacher_model, self.device)
         self.student_model.to(self.device)
         if not self.run.is_open:
             self.ranks.copy_from_main(self.student_model)

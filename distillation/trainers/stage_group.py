@@ -13,8 +13,7 @@ from torch import Tensor
 from cleangpt.errors import CheckpointError
 from cleangpt.runtime.compiling import compiled
 from cleangpt.runtime.module_state import tensors_checksum
-from distillation.activations import rows_of
-from distillation.batch import Batch
+from distillation.batch import Batch, rows_of
 from distillation.config import StageSettings
 from distillation.journal import Place
 from distillation.passes import passes_of
@@ -171,11 +170,13 @@ class StageGroup:
         for whole in trainer.held_out_batches():
             batch = self._share(whole)
             for index, loop in enumerate(loops):
-                count = 0 if batch is None else loop.stage.count(batch)
-                if batch is not None and count:
-                    with trainer.precision.autocast(trainer.device):
-                        sums[index] += float(loop.stage.held_out_loss(batch)) * count
-                    counts[index] += count
+                count = loop.stage.count(batch)
+                with trainer.precision.autocast(trainer.device):
+                    if not count:
+                        loop.stage.stand_by(batch)
+                        continue
+                    sums[index] += float(loop.stage.held_out_loss(batch)) * count
+                counts[index] += count
         self._sum(sums, counts)
         for loop, total, count in zip(loops, sums.tolist(), counts.tolist(), strict=True):
             loop.keep_best(total / max(1, count), trainer.run)
@@ -187,12 +188,11 @@ class StageGroup:
         for tensor, total in zip(numbers, on_device, strict=True):
             tensor.copy_(total)
 
-    def _share(self, batch: Batch) -> Batch | None:
-        """What this process computes of a batch; None is nothing."""
+    def _share(self, batch: Batch) -> Batch:
+        """What this process computes of a batch; may be no row."""
         if self.trainer.ranks.count == 1:
             return batch
-        rows = self.trainer.ranks.share(batch.row_keys)
-        return rows_of(batch, rows) if rows else None
+        return rows_of(batch, self.trainer.ranks.share(batch.row_keys))
 
     def _save(self, place: Place) -> None:
         tensors: dict[str, Tensor] = {}

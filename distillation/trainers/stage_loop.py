@@ -199,12 +199,12 @@ class StageLoop:
         self.result = StageResult(**values["result"])
         self._logged_tokens = self.result.tokens
 
-    def step(self, micro_batches: list[Batch], shares: list[Batch | None]) -> None:
+    def step(self, micro_batches: list[Batch], shares: list[Batch]) -> None:
         """One optimizer step: count, backward, sum over processes, clip, check, step.
 
         Args:
             micro_batches: What all processes together compute.
-            shares: What this process computes of each; None is nothing.
+            shares: What this process computes of each; may be no row.
         """
         self.stage.progress = self.step_index / max(1, self.total_steps)
         place = (self.stage.name, self.step_index, *([self.ranks.index] * (not self.ranks.is_main)))
@@ -256,16 +256,18 @@ class StageLoop:
         )
         return self._last_loss, speed
 
-    def _backward(self, shares: list[Batch | None], positions: int) -> Tensor:
+    def _backward(self, shares: list[Batch], positions: int) -> Tensor:
         """Add up gradients; each mean loss weighs as its share of all valid positions."""
         total = torch.zeros((), device=self.device)
         for batch in shares:
-            count = 0 if batch is None else self.stage.count(batch)
-            if batch is not None and count:
-                with self.precision.autocast(self.device):
-                    loss = self.stage.loss(batch) * (count / positions)
-                loss.backward()
-                total = total + loss.detach()
+            count = self.stage.count(batch)
+            with self.precision.autocast(self.device):
+                if not count:
+                    self.stage.stand_by(batch)
+                    continue
+                loss = self.stage.loss(batch) * (count / positions)
+            loss.backward()
+            total = total + loss.detach()
         return total
 
     def _gather(self) -> bool:

@@ -148,6 +148,14 @@ def test_a_run_goes_on_with_another_number_of_processes(place: Path) -> None:
     assert_same(one, run(place, "changed", (), next(counts), *flags))
 
 
+@pytest.mark.slow
+def test_a_spread_teacher_teaches_the_same(place: Path) -> None:
+    whole = run(place, "whole", TORCHRUN, 2)
+    spread = run(place, "spread", TORCHRUN, 2, "--shard_teacher")
+    assert losses(spread) == losses(whole)
+    assert_same(whole, spread)
+
+
 def wait_for(path: Path, lines: int = 1) -> None:
     end = time.monotonic() + 120
     while not path.is_file() or path.read_bytes().count(b"\n") < lines:

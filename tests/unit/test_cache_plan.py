@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from distillation import cache_plan
+from cleangpt.runtime import memory
+from cleangpt.runtime.memory import free_memory
 from distillation.cache_plan import (
     free_disk,
-    free_memory,
     needed_bytes,
     plan_cache,
     positions_in,
@@ -135,7 +135,7 @@ def test_what_is_free_is_asked_of_the_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert free_disk(tmp_path / "not" / "there" / "yet") > 0
-    monkeypatch.setattr(cache_plan, "_CGROUP", tmp_path)
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
     machine = free_memory(torch.device("cpu"))
     assert machine > 10**7
     # A container's limit counts, and files it has cached do not.

@@ -1,0 +1,190 @@
+"""The plan for many devices against real runs at small scale: memory, disk, traffic and time.
+
+This machine takes the place of a cluster: one thread is a device, whose rates are measured. The
+efficiency, which is an assumption for a cluster, is measured once, on the first run; the others are
+predicted with it.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from benchmarks.cases import Shape, new_student, new_teacher
+from benchmarks.report import Section
+from benchmarks.scaling import measured
+from benchmarks.scaling_worker import Counts
+from cleangpt.blocks import BlockStack
+from cleangpt.runtime.memory import free_memory
+from distillation.accelerators import Accelerator, Cluster
+from distillation.layer_map import uniform_layer_map
+from distillation.plan import Workload
+from distillation.scale_plan import ScalePlan, plan_at_scale
+from distillation.scale_sizes import Setup
+
+TOLERANCE = 0.2
+_REPEATS = 5
+_COPIED = 2**26
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run.
+
+    Args:
+        name: What is said of it.
+        shape: Sizes.
+        processes: How many share it.
+        shards: Whether they spread the teacher.
+        options: Settings of the trainer.
+    """
+
+    name: str
+    shape: Shape
+    processes: int = 1
+    shards: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def measure_check(shape: Shape) -> Section:
+    """Predict some runs, run them, and compare."""
+    section = Section(
+        f"The plan against real runs (one thread per process; all but the first differ from"
+        f" {shape})",
+        ["run", "quantity", "predicted", "measured", "predicted / measured", "within 20 %"],
+    )
+    kind = this_machine()
+    efficiency = [1.0, 1.0]
+    for index, case in enumerate(cases(shape)):
+        found = measured(case.shape, case.processes, shards=case.shards, options=case.options)
+        own = replace(kind, link_rate=found.link or 1.0)
+        if index == 0:
+            efficiency = [
+                reached(case, own, seconds) for seconds in (found.seconds, found.thread_seconds)
+            ]
+        print(f"{case.name}: {found.seconds:.1f} s", file=sys.stderr, flush=True)
+        plans = [planned(case, own, share) for share in efficiency]
+        add_rows(section, case, plans, found, calibrates=index == 0)
+    section.notes += [
+        f"Measured first: {kind.flops / 1e9:.1f} GFLOP/s in products of a block's shape,"
+        f" {kind.memory_rate / 1e9:.1f} GB/s of memory, the link in each run of two; efficiency"
+        f" {efficiency[0]:.2f} of time and {efficiency[1]:.2f} of processor time, from the first"
+        " run, whose times are therefore no predictions. Processor time is that of the thread that"
+        " trains in process 0, without other work on the machine and without waiting.",
+        "Memory: of process 0, above its level before there are models. Traffic: bytes handed to"
+        " the sums over processes, and whole blocks gathered, counted where they are sent.",
+    ]
+    return section
+
+
+def reached(case: Case, kind: Accelerator, seconds: float) -> float:
+    """The efficiency at which a run is planned to take that time."""
+    # Time is c / efficiency + m, both known from two plans.
+    one, two = (planned(case, kind, share).seconds for share in (1.0, 0.5))
+    return (two - one) / max(1e-9, seconds - (2 * one - two))
+
+
+def cases(shape: Shape) -> list[Case]:
+    """The runs: one to measure the efficiency on, others of another shape, schedule and number."""
+    other = replace(shape, blocks=shape.blocks + 2, batch_size=shape.batch_size // 2, epochs=2)
+    disk = {"activation_cache": "disk"}
+    return [
+        Case("one process", shape),
+        Case("one, deeper, smaller batches", other),
+        Case("one, blocks together", shape, options={"schedule": "parallel_local"}),
+        Case("one, states on disk", shape, options=disk),
+        Case("two processes", shape, processes=2),
+        Case("two, deeper, spread teacher", other, processes=2, shards=True),
+        Case("two, spread, no cache", shape, 2, shards=True, options={"activation_cache": "off"}),
+    ]
+
+
+def this_machine() -> Accelerator:
+    """One thread of this machine as a device."""
+    torch.set_num_threads(1)
+    left, right = torch.randn(1024, 256), torch.randn(256, 1024)
+    seconds = best(lambda: torch.mm(left, right))
+    source, target = torch.empty(_COPIED), torch.empty(_COPIED)
+    copying = best(lambda: target.copy_(source))
+    return Accelerator(
+        name="thread",
+        memory_bytes=float(free_memory(torch.device("cpu"))),
+        flops=2 * 1024 * 256 * 1024 / seconds,
+        memory_rate=2 * source.nbytes / copying,
+        link_rate=1.0,
+        network_rate=1.0,
+        disk_rate=1e10,  # a small file stays in the page cache
+    )
+
+
+def best(work: Callable[[], object]) -> float:
+    """The shortest of a few runs after one to warm up."""
+    work()
+    times = []
+    for _ in range(_REPEATS):
+        started_at = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started_at)
+    return min(times)
+
+
+def planned(case: Case, kind: Accelerator, efficiency: float) -> ScalePlan:
+    """What the plan says of a run."""
+    shape = case.shape
+    outline = replace(shape, device="meta")
+    with torch.device("meta"):
+        teacher = BlockStack(new_teacher(outline))
+        student = BlockStack(new_student("Vanilla", outline))
+    work = Workload(
+        positions=shape.batches * shape.tokens_per_batch,
+        batches=float(shape.batches),
+        batch_size=shape.batch_size,
+        seq_len=shape.seq_len,
+        epochs_per_block=[shape.epochs] * shape.blocks,
+        head_epochs=1,
+        polish_epochs=0,
+        layer_map=uniform_layer_map(shape.blocks, shape.blocks),
+        schedule=case.options.get("schedule", "sequential"),
+    )
+    setup = Setup(
+        kept_widths=[shape.teacher_width, shape.student_width],
+        shards_teacher=case.shards,
+        cache=case.options.get("activation_cache", "auto"),
+        audits=False,
+        fits_read_outs=False,
+    )
+    cluster = Cluster(kind, case.processes, efficiency, link_share=1.0)
+    return plan_at_scale(teacher, student, work, cluster, setup)
+
+
+def add_rows(
+    section: Section, case: Case, plans: list[ScalePlan], found: Counts, *, calibrates: bool
+) -> None:
+    """A line per quantity that a run has."""
+    plan = plans[0]
+    steps = sum(stage.steps * stage.reduced_bytes for stage in plan.stages)
+    on_disk = plan.cache.kind == "disk"
+    states = plan.disk_bytes if on_disk else max(s.memory.states for s in plan.stages)
+    blocks = sum(stage.gathers for stage in plan.stages) * plan.block_bytes
+    rows = [
+        ("gradients and moments, MB", max(s.memory.training for s in plan.stages),
+         max(found.training), 1e6),
+        ("kept states, MB", states, found.states, 1e6),
+        ("states on disk, MB", plan.disk_bytes, found.disk, 1e6),
+        ("peak memory, MB", plan.peak.memory.total, found.peak, 1e6),
+        ("summed over processes, MB", steps if case.processes > 1 else 0, found.reduced, 1e6),
+        ("blocks gathered, MB", blocks, found.gathered, 1e6),
+        ("time, s", plan.seconds, found.seconds, 1.0),
+        ("processor time, s", plans[1].seconds, found.thread_seconds, 1.0),
+    ]  # fmt: skip
+    for quantity, predicted, value, unit in rows:
+        if not value and not predicted:
+            continue
+        ratio = predicted / value if value else float("inf")
+        holds = "yes" if abs(ratio - 1) <= TOLERANCE else "no"
+        if calibrates and "time" in quantity:
+            holds = "measured on it"
+        section.add(case.name, quantity, predicted / unit, value / unit, ratio, holds)

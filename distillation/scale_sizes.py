@@ -1,0 +1,137 @@
+"""What the parts of a run take on each of many devices, in bytes, from shapes alone."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cleangpt.blocks import BlockStack
+from distillation.accelerators import Cluster
+from distillation.plan import Workload, head_parameters, parameters, stitch_parameters
+
+_POINTS = [(index + 0.5) / 200 for index in range(200)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """How a run is laid out.
+
+    Args:
+        kept_widths: Widths of the states that are kept of each position.
+        shards_teacher: Whether the teacher's blocks are spread over the devices.
+        teacher_itemsize: Bytes per number of the teacher's weights.
+        cache: "auto", "ram", "disk" or "off".
+        cache_bytes: What states may take on a node; None is half of what is free.
+        state_dtype: "fp32" or "bf16", of kept states.
+        audits: Whether the teacher's states are measured before the stages.
+        fits_read_outs: Whether the stitches are fitted again at the end.
+    """
+
+    kept_widths: Sequence[int]
+    shards_teacher: bool = False
+    teacher_itemsize: int = 4
+    cache: str = "auto"
+    cache_bytes: int | None = None
+    state_dtype: str = "fp32"
+    audits: bool = True
+    fits_read_outs: bool = True
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """What lies on one device in a stage, in bytes."""
+
+    teacher: float
+    student: float
+    training: float
+    passing: float
+    states: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.teacher + self.student + self.training + self.passing + self.states
+
+
+def outside_blocks(stack: BlockStack) -> int:
+    """Parameters of embeddings, final norm and a head of its own."""
+    blocks = sum(parameters(stack.block(index)) for index in range(stack.num_blocks))
+    return parameters(stack.model) - blocks
+
+
+def blocks_whole(layer_map: Sequence[int]) -> int:
+    """How many blocks of a spread teacher stay whole: as many as one student block stands for."""
+    before = (-1, *layer_map[:-1])
+    return max(1, *(own - last for last, own in zip(before, layer_map, strict=True)))
+
+
+def copies(batch_size: int, devices: int, epochs: int) -> float:
+    """On how many devices a row's states are computed and kept, on average over rows.
+
+    Of each batch a device gets the rows between two ranks in the order of their keys
+    (``Ranks.share``). In other company a row has another rank: of B random rows, that whose key is
+    at share u of all keys has a binomial rank with mean ``B u``, here by its normal approximation.
+
+    Args:
+        batch_size: Rows of a batch, of all devices.
+        devices: How many there are.
+        epochs: How often each row comes by, in another batch each time.
+    """
+    if devices == 1 or epochs <= 1:
+        return 1.0
+    seen = [_devices_seen(point, batch_size, devices, epochs) for point in _POINTS]
+    return sum(seen) / len(seen)
+
+
+def _devices_seen(share: float, batch_size: int, devices: int, epochs: int) -> float:
+    """The same of a row whose key is at this share of all keys."""
+    mean = batch_size * share
+    spread = math.sqrt(2 * batch_size * share * (1 - share))
+    width = batch_size / devices
+    first = max(0, math.floor((mean - 5 * spread) / width))
+    last = min(devices - 1, math.floor((mean + 5 * spread) / width))
+    below = [
+        0.0 if edge == 0 else 1.0 if edge == devices else
+        (1 + math.erf((edge * width - mean) / spread)) / 2
+        for edge in range(first, last + 2)
+    ]  # fmt: skip
+    chances = [high - low for low, high in itertools.pairwise(below)]
+    return sum(1 - (1 - chance) ** epochs for chance in chances)
+
+
+def teacher_bytes(teacher: BlockStack, work: Workload, cluster: Cluster, setup: Setup) -> float:
+    """The teacher's weights on one device.
+
+    Args:
+        teacher: The teacher.
+        work: What is trained on.
+        cluster: The devices.
+        setup: How the run is laid out.
+    """
+    outside = outside_blocks(teacher)
+    blocks = parameters(teacher.model) - outside
+    if not setup.shards_teacher:
+        return float(setup.teacher_itemsize * (outside + blocks))
+    largest = max(parameters(teacher.block(index)) for index in range(teacher.num_blocks))
+    # One more than stay whole: a block is received into a buffer and copied out of it.
+    whole = (blocks_whole(work.layer_map) + 1) * largest
+    return setup.teacher_itemsize * (outside + blocks / cluster.count + whole)
+
+
+def student_bytes(teacher: BlockStack, student: BlockStack) -> float:
+    """The student's weights, all stitches, and the head once it has a weight of its own."""
+    stitches = student.num_blocks * stitch_parameters(teacher, student)
+    return 4.0 * (parameters(student.model) + head_parameters(student) + stitches)
+
+
+def output_bytes(teacher: BlockStack, student: BlockStack) -> float:
+    """The student in two forms, and two checkpoints: its weights, and the moments of a stage."""
+    return 4 * student_bytes(teacher, student) + 2 * 8.0 * (
+        outside_blocks(student) + parameters(student.block(0))
+    )
+
+
+def fit_bytes(teacher: BlockStack, student: BlockStack) -> float:
+    """The float64 sums of all stitches' regressions, in the host's memory."""
+    width = student.hidden_size + 1
+    return 8.0 * student.num_blocks * width * (width + teacher.hidden_size)
