@@ -141,7 +141,7 @@ def measured(shape: "Shape", processes: int, **task: Any) -> "Counts":
             check=False,
         )
     if done.returncode != 0:
-        raise RuntimeError(f"the worker failed: {done.stderr.strip()[-2000:]}")
+        raise RuntimeError(f"the worker failed: {done.stderr.strip()[-8000:]}")
     return Counts(**json.loads(done.stdout.splitlines()[-1]))
 
 

@@ -230,6 +230,7 @@ def main() -> None:
     if join("cpu").is_main:
         print(json.dumps(asdict(counts)), flush=True)
     if distributed.is_initialized():
+        distributed.barrier()  # process 0 may still be writing
         distributed.destroy_process_group()
 
 
