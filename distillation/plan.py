@@ -205,18 +205,18 @@ def memory_parts(
         work: What is trained on.
         kept_bytes: Frozen states that are kept in memory.
     """
-    stitch = stitch_parameters(teacher, student)
     training = max(stage_memory(student, work, block) for block in range(student.num_blocks))
-    training += ADAM_BYTES * stitch
     if work.head_epochs is not None:
         training = max(training, head_memory(student, work))
     if work.polish_epochs:
         training = max(training, polish_memory(student, work))
-    weights = parameters(teacher.model) + parameters(student.model)
+    stitch = stitch_parameters(teacher, student)
+    weights = parameters(teacher.model) + parameters(student.model) + student.num_blocks * stitch
     return {
-        "both models": 4 * (weights + student.num_blocks * stitch),
+        "both models and the stitches": 4 * weights,
         "kept states": kept_bytes,
-        "gradients, moments and activations of the stage in training": training,
+        "gradients, moments and activations of the stage in training": training
+        + ADAM_BYTES * stitch,
         "a batch on its way through the teacher": states_memory(teacher, student, work),
     }
 
@@ -356,9 +356,9 @@ def head_memory(student: BlockStack, work: Workload) -> int:
 
 
 def chunk_memory(student: BlockStack, work: Workload) -> int:
-    """One chunk of logits: both models', their log-probabilities, an error and its gradient."""
+    """A chunk of logits: both models', the student's log-probabilities, an error, its gradient."""
     logits = work.batch_size * work.seq_len * student.vocab_size
-    return 6 * 4 * min(LOGITS_AT_ONCE, logits)
+    return 5 * 4 * min(LOGITS_AT_ONCE, logits)
 
 
 def polish_memory(student: BlockStack, work: Workload) -> int:
