@@ -14,6 +14,7 @@ from cleangpt.blocks import BlockStack
 from cleangpt.metrics_log import format_seconds
 from distillation.accelerators import Cluster
 from distillation.cache_plan import CachePlan, needed_bytes, plan_cache, shown_bytes
+from distillation.disk_needs import disk_needs, trains_whole_student
 from distillation.plan import (
     ADAM_BYTES,
     RunPlan,
@@ -36,7 +37,6 @@ from distillation.scale_sizes import (
     blocks_whole,
     copies,
     fit_bytes,
-    output_bytes,
     outside_blocks,
     student_bytes,
     teacher_bytes,
@@ -81,7 +81,7 @@ class ScalePlan:
         kept_share: The share of them that it has room for.
         block_bytes: A block of the teacher.
         disk_bytes: On each device's share of the drives.
-        output_bytes: What the run leaves, once.
+        output_bytes: Checkpoints and the student's files, at most, on one disk.
         audit_bytes: On each device while the teacher is measured, besides the weights; 0 if it is
             not.
         fit_bytes: In the host's memory, per device, while stitches are fitted at the end.
@@ -95,7 +95,7 @@ class ScalePlan:
     kept_share: float
     block_bytes: float
     disk_bytes: float
-    output_bytes: float
+    output_bytes: int
     audit_bytes: float
     fit_bytes: float
     spread_saves: float
@@ -132,7 +132,7 @@ class ScalePlan:
             f" {shown_bytes(int(peak.passing))}, kept states {shown_bytes(int(peak.states))}",
             f"frozen states, per device: {self.cache.reason}",
             f"disk: {shown_bytes(int(self.disk_bytes))} of states per device;"
-            f" {shown_bytes(int(self.output_bytes))} for the student and two checkpoints",
+            f" {shown_bytes(int(self.output_bytes))} for checkpoints and the student",
         ]
         return "\n".join(lines)
 
@@ -190,7 +190,7 @@ def plan_at_scale(
         run.kept_share,
         lay_out.block_bytes,
         run.kept_share * need if cache.kind == "disk" else 0.0,
-        output_bytes(teacher, student),
+        _output_bytes(teacher, student, work),
         16.0 * (teacher.num_blocks + 1) * teacher.hidden_size**2 if setup.audits else 0.0,
         fit_bytes(teacher, student) if setup.fits_read_outs else 0.0,
         whole - spread,
@@ -234,6 +234,11 @@ def _kept(
     if work.schedule == "parallel_local" and fits:
         need = max(need, all_levels)
     return cache, need, fits
+
+
+def _output_bytes(teacher: BlockStack, student: BlockStack, work: Workload) -> int:
+    trains_all = work.polish_epochs > 0 or trains_whole_student(work.schedule, work.freeze_previous)
+    return disk_needs(teacher, student, trains_all=trains_all, states=0).total
 
 
 def device_costs(

@@ -124,13 +124,6 @@ def student_bytes(teacher: BlockStack, student: BlockStack) -> float:
     return 4.0 * (parameters(student.model) + head_parameters(student) + stitches)
 
 
-def output_bytes(teacher: BlockStack, student: BlockStack) -> float:
-    """The student in two forms, and two checkpoints: its weights, and the moments of a stage."""
-    return 4 * student_bytes(teacher, student) + 2 * 8.0 * (
-        outside_blocks(student) + parameters(student.block(0))
-    )
-
-
 def fit_bytes(teacher: BlockStack, student: BlockStack) -> float:
     """The float64 sums of all stitches' regressions, in the host's memory."""
     width = student.hidden_size + 1
