@@ -6,7 +6,8 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 SMOLLM2_STAMP := $(VENV)/.smollm2
-PYTEST_WORKERS ?= 2
+# One more than two cores: now and then all but one wait for processes and disks.
+PYTEST_WORKERS ?= 3
 
 # On Linux the registry's torch is the CUDA build, gigabytes that a CPU-only machine cannot use;
 # PyTorch's own index carries the small one.

@@ -4,6 +4,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -14,6 +15,11 @@ WIDTH = 32
 
 FAMILIES = ("gpt2", "llama", "qwen3", "opt", "gpt_neox", "gemma3", "bloom", "mistral")
 STUDENTS = ("Vanilla", "Factored", "SASP")
+VANILLA_FIRST: list[Any] = [
+    "Vanilla",
+    *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("Factored", "SASP")),
+]
+"""All kinds as parameters of a test that takes seconds for each."""
 
 LLAMA_LIKE = {
     "vocab_size": VOCAB,

@@ -142,6 +142,7 @@ def test_command_builds_what_get_model_class_says(
     assert built, "main must look get_model_class up in its own module"
 
 
+@pytest.mark.slow
 def test_cuda_without_a_gpu_says_what_to_do(workplace: Path, tmp_path: Path) -> None:
     """The printed command asks for "cuda"."""
     import torch

@@ -22,7 +22,7 @@ from distillation.disk_store import HEADER_BYTES
 from distillation.head_init import untie_lm_head
 from distillation.trainers import HeadDistillationTrainer
 from tests.builders import (
-    STUDENTS,
+    VANILLA_FIRST,
     backbone_trainer,
     batches,
     padded,
@@ -90,7 +90,7 @@ def train(place: Path, student: Any = None, data: Any = None, **options: Any) ->
     return trainer.train(2, 1e-2, lm_head_epochs=2, lm_head_lr=1e-2)
 
 
-@pytest.mark.parametrize("kind", STUDENTS)
+@pytest.mark.parametrize("kind", VANILLA_FIRST)
 def test_a_run_has_the_same_bits_from_disk_from_memory_and_without(
     tmp_path: Path, kind: str
 ) -> None:
@@ -329,7 +329,9 @@ def test_states_from_before_a_block_learnt_on_are_never_used(tmp_path: Path, cac
         assert torch.equal(activations.student_input(3, batch), fresh)
 
 
-@pytest.mark.parametrize("limit", [None, 10 * (TEACHER_ROW + STUDENT_ROW)])
+@pytest.mark.parametrize(
+    "limit", [None, pytest.param(10 * (TEACHER_ROW + STUDENT_ROW), marks=pytest.mark.slow)]
+)
 def test_a_shuffling_loader_gives_the_same_losses_from_disk(
     tmp_path: Path, limit: int | None
 ) -> None:

@@ -44,7 +44,7 @@ def timeless(row: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name != "seconds"}
 
 
-@pytest.mark.parametrize("kind", ["Vanilla", "SASP"])
+@pytest.mark.parametrize("kind", ["Vanilla", pytest.param("SASP", marks=pytest.mark.slow)])
 def test_with_teacher_inputs_all_schedules_end_with_the_same_bits(
     tmp_path: Path, kind: str
 ) -> None:
@@ -55,6 +55,7 @@ def test_with_teacher_inputs_all_schedules_end_with_the_same_bits(
         assert [timeless(row) for row in rows] == [timeless(row) for row in others]
 
 
+@pytest.mark.slow
 def test_the_order_of_blocks_does_not_matter(tmp_path: Path) -> None:
     straight, _ = train(tmp_path / "a")
     student = tiny_student(n_layer=3)
@@ -63,8 +64,8 @@ def test_the_order_of_blocks_does_not_matter(tmp_path: Path) -> None:
     assert unchanged(straight, weights_of(student)) == straight.keys()
 
 
-@pytest.mark.parametrize("how", ["teacher", "mixed"])
-@pytest.mark.parametrize("kind", ["Vanilla", "Factored"])
+@pytest.mark.parametrize("how", ["teacher", pytest.param("mixed", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["Vanilla", pytest.param("Factored", marks=pytest.mark.slow)])
 def test_every_cache_gives_the_same_bits(tmp_path: Path, how: str, kind: str) -> None:
     def run(cache: str) -> dict[str, Tensor]:
         options: dict[str, Any] = {"block_inputs": how, "activation_cache": cache}
@@ -190,7 +191,7 @@ def test_blocks_with_a_stream_of_their_own_cannot_be_decoupled(tmp_path: Path) -
         backbone_trainer(tmp_path, tiny_student("Factored"), **options)
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_blocks_spread_over_processes_end_with_the_bits_of_one_process(
     tmp_path: Path, count: int
 ) -> None:

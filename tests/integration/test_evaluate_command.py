@@ -89,6 +89,7 @@ def test_checkpoint_and_folder_give_the_same_numbers(run: Run, tmp_path: Path) -
     assert found[0]["hidden_states"] == found[1]["hidden_states"]
 
 
+@pytest.mark.slow
 def test_the_teacher_as_its_own_student(run: Run, tmp_path: Path) -> None:
     assert run(model="teacher") == 0
     quality = saved(tmp_path)["models"][1]["quality"]
@@ -119,6 +120,7 @@ def test_numbers_are_printed_where_nothing_can_be_written(
     assert shown.err.splitlines()[-1].startswith("fix: ")
 
 
+@pytest.mark.slow
 def test_prompts_of_a_file(run: Run, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("The dog\n\nA <b>student</b>\n")
     flags = {"prompts_file": str(tmp_path / "prompts.txt"), "max_new_tokens": "3"}
@@ -196,6 +198,7 @@ def test_wrong_names_are_refused_before_torch_is_imported(made: Path, flag: str,
     assert name in done.stderr
 
 
+@pytest.mark.slow
 def test_threads_are_set_as_asked(run: Run, tmp_path: Path) -> None:
     for count in ("1", "3"):
         assert run(threads=count, block_size="16", max_tokens="40") == 0

@@ -84,6 +84,7 @@ def evaluate(made: Path, out: Path, **changes: str) -> int:
     return run_command(main, [*arguments, "--generate_comparisons"])
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_hostile_names_prompts_and_text(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -79,6 +79,7 @@ def test_a_folder_with_weights_starts_from_them(place: Path) -> None:
     assert not all(second)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_another_ended(place: Path) -> None:
     one, _ = run(place, "one", "--student_n_embd", "16", "--blocks", "0", "--no_train_lm_head")
     folder, printed = run(place, "two", "--start_student", str(one), "--blocks", "1")

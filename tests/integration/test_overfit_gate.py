@@ -8,7 +8,7 @@ import torch
 
 from cleangpt.errors import InputError
 from distillation import DistillationTrainer
-from tests.builders import STUDENTS, batches, tiny_student, tiny_teacher, weights_of
+from tests.builders import VANILLA_FIRST, batches, tiny_student, tiny_teacher, weights_of
 
 
 def trainer_of(folder: Path, student: Any, teacher: Any = None, **options: Any) -> Any:
@@ -23,7 +23,7 @@ def trainer_of(folder: Path, student: Any, teacher: Any = None, **options: Any) 
     )
 
 
-@pytest.mark.parametrize("kind", STUDENTS)
+@pytest.mark.parametrize("kind", VANILLA_FIRST)
 def test_healthy_students_pass_and_train_as_without_it(tmp_path: Path, kind: str) -> None:
     with_gate, without = tiny_student(kind), tiny_student(kind)
     trainer_of(tmp_path / "a", with_gate).train(1, 1e-3, polish_epochs=1)

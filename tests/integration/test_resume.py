@@ -240,6 +240,7 @@ def test_an_optimizer_that_cannot_be_saved_trains_on(
         trainer(tmp_path / "other", 7, kind=Odd).train(**TRAINING)
 
 
+@pytest.mark.slow
 def test_what_optimizers_keep_in_their_groups_goes_on(tmp_path: Path) -> None:
     class Slowing(torch.optim.SGD):
         def step(self, closure: Any = None) -> Any:

@@ -102,6 +102,7 @@ def test_every_flag_acts(place: Path, plain: Any, flags: str) -> None:
     assert not equal(run(place, "changed", *flags.split())[0], plain)
 
 
+@pytest.mark.slow
 def test_flags_that_only_show_in_a_combination(place: Path) -> None:
     two = ("--student_n_layer", "2")
     frozen = run(place, "frozen", *two)[0]
@@ -122,6 +123,7 @@ def test_flags_that_write_files(place: Path) -> None:
     assert (run_dir / "pictures" / "hidden_states_block_0_epoch_0.png").is_file()
 
 
+@pytest.mark.slow
 def test_flags_of_the_activation_cache(place: Path, plain: Any) -> None:
     keep = ("--activation_cache", "disk", "--keep_activations")
     weights, run_dir = run(place, "cache", *keep)
@@ -147,6 +149,7 @@ def test_threads_are_set_as_asked(place: Path, caplog: pytest.LogCaptureFixture)
     assert "on cpu, 3 threads (as asked)" in caplog.text
 
 
+@pytest.mark.slow
 def test_tokens_are_kept_where_asked(
     place: Path,
     plain: Any,

@@ -217,6 +217,7 @@ def test_names_of_other_machines_are_not_looked_up_in_tests() -> None:
         socket.getaddrinfo("huggingface.co", 443)
 
 
+@pytest.mark.slow
 def test_a_name_in_the_cache_needs_no_network(gpt2_folder: str, tmp_path: Path) -> None:
     repo = tmp_path / "hub" / "models--owner--tiny"
     (repo / "refs").mkdir(parents=True)

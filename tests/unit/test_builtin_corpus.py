@@ -59,6 +59,7 @@ def test_texts_are_clean() -> None:
         assert len(document.text) >= corpus.SHORTEST_DOCUMENT
 
 
+@pytest.mark.slow
 def test_another_process_gathers_the_same_text() -> None:
     code = "from cleangpt.builtin import corpus; print(corpus.corpus_fingerprint())"
     done = subprocess.run(

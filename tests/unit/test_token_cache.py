@@ -286,6 +286,7 @@ for number in range(20):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_at_once(tmp_path: Path) -> None:
     both = [
         subprocess.Popen(
