@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ WORDS_PER_DOCUMENT = 600
 TEACHER_WIDTH, STUDENT_WIDTH = 32, 16
 
 
-def measure_streaming(megabytes: list[int], ways: tuple[str, ...] = WAYS) -> Section:
+def measure_streaming(megabytes: list[int], ways: Sequence[str] = WAYS) -> Section:
     """Peak memory of each way for each size of the corpus.
 
     Args:
@@ -174,6 +175,9 @@ def main(argv: list[str] | None = None) -> None:
         default=[4, 200],
         help="sizes (default: 4 200)",
     )
+    parser.add_argument(
+        "--ways", choices=WAYS, nargs="+", default=WAYS, help="what is measured (default: all)"
+    )
     parser.add_argument("--way", choices=WAYS, help="measure one way in this process")
     parser.add_argument("--folder", type=Path, help="the corpus of --way")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -181,7 +185,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.way:
         print(json.dumps(read(arguments.way, arguments.folder)))
     else:
-        print(measure_streaming(arguments.megabytes).markdown())
+        print(measure_streaming(arguments.megabytes, arguments.ways).markdown())
 
 
 if __name__ == "__main__":

@@ -51,6 +51,9 @@ logger = logging.getLogger(__name__)
 PASS_TOKENS = 2**22
 """Tokens of a pass where no byte budget for frozen states says how many: 16 MiB of ids."""
 
+_CHARACTERS_PER_CALL = 250_000
+"""A tokenizer's records of its tokens are an order of magnitude larger than the text."""
+
 Ids: TypeAlias = "np.ndarray[tuple[int, ...], np.dtype[Any]]"
 
 
@@ -77,7 +80,9 @@ class _Reader:
         self._ahead: deque[Place] = deque()  # documents taken and not yet tokenized
         self._document = 0  # the number of the first of them
         texts = self._texts(stream, mark.place)
-        self._chunks = token_chunks(texts, tokenizer, is_first=mark.is_first)
+        self._chunks = token_chunks(
+            texts, tokenizer, is_first=mark.is_first, characters_per_call=_CHARACTERS_PER_CALL
+        )
         self._rest: Ids = np.empty(0, dtype=np.int64)
         left = mark.offset
         while left:

@@ -76,7 +76,7 @@ def _pieces(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _batches_of_pieces(texts: Iterable[str]) -> Iterator[list[tuple[int, str]]]:
+def _batches_of_pieces(texts: Iterable[str], limit: int) -> Iterator[list[tuple[int, str]]]:
     """Group (document index, piece) pairs, by number and by total length."""
     group: list[tuple[int, str]] = []
     size = 0
@@ -84,7 +84,7 @@ def _batches_of_pieces(texts: Iterable[str]) -> Iterator[list[tuple[int, str]]]:
         for piece in _pieces(text):
             group.append((index, piece))
             size += len(piece)
-            if len(group) >= _TEXTS_PER_CALL or size >= _CHARACTERS_PER_CALL:
+            if len(group) >= _TEXTS_PER_CALL or size >= limit:
                 yield group
                 group, size = [], 0
     if group:
@@ -145,7 +145,7 @@ def _tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Token
     length = 0
     closing = Separators.of(tokenizer).closing
     last_document = -1
-    for document, ids in token_chunks(texts, tokenizer, is_first=True):
+    for document, ids in token_chunks(texts, tokenizer):
         if document != last_document:
             starts.append(length + (len(closing) if starts else 0))
             last_document = document
@@ -156,20 +156,25 @@ def _tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Token
 
 
 def token_chunks(
-    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, is_first: bool
+    texts: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    is_first: bool = True,
+    characters_per_call: int | None = None,
 ) -> Iterator[tuple[int, TokenIds]]:
     """Yield tokens, int64, with the index of the document they are of; end to end, the packed ones.
 
-    Takes documents as it needs them: some thousands, or some millions of characters, ahead.
+    Takes documents as it needs them, those of one call of the tokenizer ahead.
 
     Args:
         texts: Documents. Those without a token give no chunk, huge ones several.
         tokenizer: Any HuggingFace tokenizer.
         is_first: Whether nothing stands before the first document that would have to be closed.
+        characters_per_call: How much is tokenized at a time; None is what is fastest on many cores.
     """
     leading, closing = Separators.of(tokenizer)
     last_document = -1
-    for group in _batches_of_pieces(texts):
+    for group in _batches_of_pieces(texts, characters_per_call or _CHARACTERS_PER_CALL):
         # verbose=False silences "sequence longer than the maximum": windows are cut afterwards.
         encoded = tokenizer(
             [piece for _, piece in group],
