@@ -13,10 +13,11 @@ from cleangpt.runtime.ranks import Ranks
 class FitStatistics:
     """Streaming sums for the relative error ``SSE / SS about the mean`` of a prediction.
 
-    Kept on the device of the states: reading them would make an accelerator wait.
+    Kept on the device of the states: reading them would make an accelerator wait. A batch with a
+    number that is not finite, whose step is skipped, does not count.
     """
 
-    count: int
+    count: Tensor
     squared_error: Tensor
     squared_norm: Tensor
     total: Tensor
@@ -27,35 +28,37 @@ class FitStatistics:
         # Sums over batches are float64 where the device has it.
         wide = torch.float32 if device.type == "mps" else torch.float64
         zeros = torch.zeros(width, dtype=wide, device=device)
-        return cls(0, zeros.sum(), zeros.sum(), zeros)
+        return cls(zeros.sum(), zeros.sum(), zeros.sum(), zeros)
 
     @torch.no_grad()
     def add(
         self, predicted: Float[Tensor, "positions dim"], target: Float[Tensor, "positions dim"]
     ) -> None:
         """Count one batch of predictions."""
-        self.count += target.shape[0]
         target = target.float()
         wide = self.total.dtype
         error = torch.linalg.vector_norm(predicted.float() - target).to(wide).square()
-        self.squared_error = self.squared_error + error
         norm = torch.linalg.vector_norm(target).to(wide).square()
-        self.squared_norm = self.squared_norm + norm
-        self.total = self.total + target.sum(0).to(wide)
+        counts = torch.isfinite(error + norm)
+        nothing = torch.zeros_like(error)
+        self.count = self.count + counts * target.shape[0]
+        self.squared_error = self.squared_error + torch.where(counts, error, nothing)
+        self.squared_norm = self.squared_norm + torch.where(counts, norm, nothing)
+        self.total = self.total + torch.where(counts, target.sum(0).to(wide), nothing)
 
     def summed(self, ranks: Ranks) -> "FitStatistics":
         """The sums over all processes of the run."""
         if ranks.count == 1:
             return self
-        sums = [value.clone() for value in (self.squared_error, self.squared_norm, self.total)]
-        count = torch.tensor(float(self.count), device=sums[0].device, dtype=sums[0].dtype)
-        ranks.sum([count, *sums])
-        return FitStatistics(int(count), *sums)
+        own = (self.count, self.squared_error, self.squared_norm, self.total)
+        sums = [value.clone() for value in own]
+        ranks.sum(sums)
+        return FitStatistics(*sums)
 
     def tensors(self, ranks: Ranks) -> dict[str, Tensor]:
         """The sums of every process, to be saved."""
         own = {
-            "count": torch.tensor(self.count, device=self.total.device),
+            "count": self.count,
             "squared_error": self.squared_error,
             "squared_norm": self.squared_norm,
             "total": self.total,
@@ -72,11 +75,11 @@ class FitStatistics:
             own = {name: tensor[ranks.index] for name, tensor in tensors.items()}
         else:
             own = {name: ranks.is_main * tensor.sum(0) for name, tensor in tensors.items()}
-        return cls(int(own.pop("count")), **own)
+        return cls(**own)
 
     def relative_error(self) -> float:
         """The squared error as a share of the target's variation about its mean."""
-        if self.count == 0:
+        if not self.count:
             return float("nan")
         about_mean = self.total.square().sum() / self.count
         variation = float(self.squared_norm - about_mean)

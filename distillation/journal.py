@@ -141,7 +141,7 @@ class Journal:
     @property
     def stages_trained(self) -> int:
         """The stages finished so far, before a stop too, in which something was trained."""
-        return sum(any(r["epoch_losses"] for r in results) for _, results in self._finished)
+        return sum(any(r.get("epoch_losses") for r in results) for _, results in self._finished)
 
     def put_back(self) -> None:
         """Give all modules the weights of the checkpoint; the stages are replayed on those.
@@ -234,8 +234,13 @@ class Journal:
         self._saved_at = time.monotonic()
         self._stop_if_asked("in a stage that cannot be saved; it begins anew")
 
-    def finish(self, name: str, results: list[Values]) -> None:
+    def finish(self, name: str, results: list[Values], *, always: bool = False) -> None:
         """Save at the end of a stage, unless that was done just now, and stop if that was asked.
+
+        Args:
+            name: The stage's name.
+            results: What it returns.
+            always: Whether to save even so.
 
         Raises:
             Stopped: If a signal came.
@@ -243,7 +248,7 @@ class Journal:
         self._finished.append((name, results))
         self._saves_inside = True
         faultpoint("stage.finished")
-        due = self._steps > 0 or time.monotonic() - self._saved_at > SOON
+        due = always or self._steps > 0 or time.monotonic() - self._saved_at > SOON
         # The signal may have come to another process than the one that writes.
         if self._ranks.any(due or self.stop.signal is not None):
             self._write(f"the end of {name}", None, {})

@@ -109,6 +109,13 @@ def check_scale_flags(arguments: argparse.Namespace) -> None:
             "--plan_device plans for data that are kept, and --streaming keeps none.",
             "Leave out --streaming, and say with --plan_tokens how large a pass is.",
         )
+    if arguments.plan_device and arguments.schedule == "decoupled":
+        raise UsageError(
+            "--plan_device plans for rows shared between devices, and --schedule decoupled shares"
+            " blocks.",
+            "Plan --schedule sequential; decoupled blocks take its time divided by the devices, at"
+            " most by the student's blocks, and exchange no gradients.",
+        )
     if arguments.teacher_config and arguments.plan_tokens is None:
         raise UsageError(
             "--teacher_config has no tokenizer to count the data's tokens with.",
@@ -214,7 +221,10 @@ def workload(
         batches=positions / (arguments.batch_size * arguments.block_size),
         batch_size=arguments.batch_size,
         seq_len=arguments.block_size,
-        epochs_per_block=[int(str(own)) for own in epochs],
+        epochs_per_block=[
+            int(str(own)) if arguments.blocks is None or block in arguments.blocks else 0
+            for block, own in enumerate(epochs)
+        ],
         head_epochs=arguments.lm_head_epochs if arguments.train_lm_head else None,
         polish_epochs=arguments.polish_epochs,
         layer_map=choose_layer_map(arguments.layer_map, blocks, teacher.num_blocks),
@@ -235,15 +245,17 @@ def setup(arguments: argparse.Namespace, teacher: Any, student: Any) -> "Setup":
     widths = [teacher.hidden_size, state_width(student)]
     limit = arguments.activation_cache_gb
     standardises = DistillationLoss(arguments.distill_loss_type).needs_statistics
+    shares_basis = arguments.block_inputs != "student"
     return Setup(
-        kept_widths=widths if arguments.block_inputs == "student" else [*widths, widths[0]],
+        kept_widths=[*widths, widths[0]] if shares_basis else widths,
         shards_teacher=arguments.shard_teacher,
         teacher_itemsize=2 if arguments.teacher_dtype == "bf16" else 4,
         cache=arguments.activation_cache,
         cache_bytes=None if limit is None else int(limit * 1e9),
         state_dtype=arguments.activation_dtype,
         audits=standardises
+        or shares_basis
         or arguments.audit_tokens > 0
         or arguments.init_from_teacher in ("pca", "slice"),
-        fits_read_outs=standardises or arguments.polish_epochs > 0,
+        fits_read_outs=(standardises and not shares_basis) or arguments.polish_epochs > 0,
     )

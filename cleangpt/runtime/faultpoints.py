@@ -32,8 +32,8 @@ FAULT_POINTS = {
     "folder.before_swap": "a folder is complete, and under its temporary name",
     "folder.removed": "the folder it replaces is deleted",
     "folder.renamed": "it is under its final name",
-    "student.folder_written": "the finished student is there for transformers, and not as one file",
-    "student.file_written": "it is there as both, and the run is not yet said to be done",
+    "student.file_written": "the finished student is there as one file, and not for transformers",
+    "student.folder_written": "it is there as both, and the run is not yet said to be done",
     "run.done": "the run is said to be done, and its checkpoints are still there",
 }
 """What each fault point stands between."""

@@ -45,10 +45,12 @@ def held_back() -> Iterator[None]:
         yield
         return
     request = StopRequest()
-    with request.listening():
-        yield
-    if request.signal is not None:
-        signal.raise_signal(request.signal)
+    try:
+        with request.listening():
+            yield
+    finally:
+        if request.signal is not None:
+            signal.raise_signal(request.signal)
 
 
 def _is_main_thread() -> bool:
@@ -63,7 +65,7 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take SIGTERM and SIGINT as requests inside the block; nested blocks change nothing."""
+        """Take SIGTERM and SIGINT as requests inside the block."""
         if not _is_main_thread():
             logger.warning(
                 "Signals reach the main thread alone, and this run is in another one: Ctrl-C and"

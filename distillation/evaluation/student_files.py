@@ -70,7 +70,9 @@ def load_unfinished(run_dir: Path, model_type: str | None) -> tuple[nn.Module, s
     if not found.state["head_is_tied"]:
         untie_lm_head(BlockStack(student))
     load_strictly(student, state, folder)
-    return student, _label(saved_type, found.state["steps"], manifest.get("total_steps"))
+    label = _label(saved_type, found.state["steps"], manifest.get("total_steps"))
+    # Steps of decoupled blocks are counted apart, and are in no checkpoint of the whole.
+    return student, f"{label} (unfinished)" if label == saved_type else label
 
 
 def _label(name: str, step: Any, total: Any) -> str:

@@ -182,6 +182,8 @@ class BaseDistillationTrainer:
                 self.precision.name,
             ),
         ):
+            # The first process alone writes it down, and all name files by it.
+            self.run.run_id = self.ranks.from_main(self.run.run_id)
             yield
 
     def enter_pass(self, number: int) -> bool:

@@ -63,6 +63,8 @@ class DecoupledBlocks:
             # The start and the settings are safe before any block has a checkpoint of its own.
             journal.save(NAME, Place(0, 0), {}, {})
         check_same_batches(ranks, next(iter(trainer.batches(0))))
+        for module in journal.modules.values():  # what each process fitted may differ by rounding
+            ranks.copy_from_main(module)
         group = ranks.patient_group()
         owners = [index * ranks.count // len(self.stages) for index in range(len(self.stages))]
         own = {
@@ -78,7 +80,7 @@ class DecoupledBlocks:
         results = [every[index] for index in range(len(self.stages))]
         for stage in self.stages:
             journal.take_in_part(stage.name)
-        journal.finish(NAME, results)
+        journal.finish(NAME, results, always=True)  # the parts' own checkpoints go
         for stage in self.stages:
             journal.remove_part(stage.name)
         return [StageResult(**values) for values in results]

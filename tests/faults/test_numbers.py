@@ -14,9 +14,11 @@ from cleangpt.checkpoints import Checkpoint, Checkpoints
 from cleangpt.errors import CheckpointError, InputError
 from cleangpt.integrity import SEAL, sealed
 from cleangpt.runtime.module_state import tensors_fingerprint
+from distillation.fit_statistics import FitStatistics
 from distillation.trainers.loss_watch import MEMORY, LossWatch
 from distillation.utils import load_checkpoint, save_checkpoint
 from tests.builders import backbone_trainer, batches, tiny_student
+from tests.faults.small_runs import TRAINING, small_trainer
 
 
 def test_a_teacher_is_read_whole_and_not_only_where_a_probe_looks(tmp_path: Path) -> None:
@@ -106,3 +108,29 @@ def test_a_diverging_stage_is_told_and_its_rate_left_alone(
         trainer.train_backbone(40, 1e-4)
     assert caplog.text.count("the stage diverges. The learning rate stays as it is") == 1
     assert set(rates) == {1e-4}
+
+
+def test_a_batch_that_is_skipped_stops_no_checkpoint_and_counts_in_no_error(tmp_path: Path) -> None:
+    own = small_trainer(tmp_path, checkpoint_steps=1)
+    calls = [0]
+
+    def nan_once(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        calls[0] += 1
+        return torch.nn.functional.mse_loss(student, teacher) * (
+            float("nan") if calls[0] == 2 else 1.0
+        )
+
+    own.backbone_trainer.hidden_state_loss_fn = nan_once
+    rows = own.train(**TRAINING)["blocks"]
+    assert [row["skipped"] for row in rows] == [1, 0]
+    assert all(row["relative_error"] > 0 for row in rows)
+
+
+def test_states_that_are_not_finite_count_in_no_error() -> None:
+    fit = FitStatistics.empty(4, torch.device("cpu"))
+    target = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    fit.add(target + 0.1, target)
+    alone = fit.relative_error()
+    fit.add(torch.full_like(target, torch.nan), target)
+    assert fit.relative_error() == alone
+    assert int(fit.count) == 6

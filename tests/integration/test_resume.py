@@ -181,8 +181,41 @@ def test_decoupled_blocks_go_on_in_another_number_of_processes(tmp_path: Path) -
 
     for said in in_processes(2, stopped_in_its_block):
         assert "epoch 1, step 1" in said
+    folder = tmp_path / "resumed" / "run"
+    run_id = json.loads((folder / "manifest.json").read_text())["run_id"]
+    parts = list((folder / "checkpoints").glob("block-*/step-*"))
+    assert {part.parent.name for part in parts} == {"block-00", "block-01"}
+    assert all(part.name.endswith(run_id[:8]) for part in parts)  # so all are found again
     resumed = run(tmp_path / "resumed", [2], training, **options)
     assert_same(straight, resumed, tmp_path / "straight", tmp_path / "resumed")
+
+
+def test_blocks_with_checkpoints_of_their_own_are_safe_before_those_go(tmp_path: Path) -> None:
+    """However quickly they end: a kill in the head finds the blocks finished."""
+    seen: list[Any] = []
+
+    def look(*_: Any) -> None:
+        seen.append(sorted(path.name[:13] for path in (tmp_path / "run/checkpoints").iterdir()))
+
+    def make(groups: Any, lr: float) -> Any:
+        optimizer = torch.optim.AdamW(groups, lr=lr)
+        optimizer.register_step_post_hook(look)
+        return optimizer
+
+    own = trainer(tmp_path, schedule="decoupled", block_inputs="teacher")
+    own.head_trainer.optimizer_cls = make
+    own.train(**TRAINING)
+    # The second one says that the blocks are done, and no block has one of its own any more.
+    assert seen[0] == ["step-00000001", "step-00000002"]
+
+
+def test_what_was_measured_between_stages_is_not_measured_again(tmp_path: Path) -> None:
+    """Errors in the chain are of before the polish, also where the run was stopped in it."""
+    options: dict[str, Any] = {**BEST, "block_inputs": "teacher"}
+    straight = run(tmp_path / "straight", [], **options)
+    resumed = run(tmp_path / "resumed", [STEPS - 2], **options)
+    assert_same(straight, resumed, tmp_path / "straight", tmp_path / "resumed")
+    assert all(row["chained_error"] > 0 for row in resumed[1]["blocks"])
 
 
 @pytest.mark.parametrize("stop", [18, pytest.param(9, marks=pytest.mark.slow)])
