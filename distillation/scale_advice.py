@@ -19,7 +19,7 @@ def advice(plan: ScalePlan, batch_size: int, setup: Setup) -> list[str]:
     most = plan.peak.memory.total
     lines = []
     if most > room:
-        lines.append(_room_advice(plan, setup))
+        lines.append(_room_advice(plan, batch_size, setup))
     elif setup.shards_teacher:
         lines.append(
             f"shard: spreading the teacher saves {shown_bytes(int(plan.spread_saves))} per device"
@@ -46,7 +46,7 @@ def advice(plan: ScalePlan, batch_size: int, setup: Setup) -> list[str]:
     return lines
 
 
-def _room_advice(plan: ScalePlan, setup: Setup) -> str:
+def _room_advice(plan: ScalePlan, batch_size: int, setup: Setup) -> str:
     """What makes room on a device that has too little, the simplest first."""
     room, peak = plan.cluster.kind.memory_bytes, plan.peak.memory
     if peak.states and peak.total - peak.states <= room:
@@ -56,10 +56,12 @@ def _room_advice(plan: ScalePlan, setup: Setup) -> str:
         left = shown_bytes(int(peak.total - plan.spread_saves))
         fits = "fits" if peak.total - plan.spread_saves <= room else "does not fit either"
         return f"shard: --shard_teacher leaves {left} per device, which {fits}"
-    return (
-        "does not fit: --teacher_dtype bf16, a smaller --batch_size with"
-        " --gradient_accumulation_steps, a smaller student (which is whole on every device)"
-    )
+    ways = ["a smaller student (it is whole on every device)"]
+    if batch_size > plan.cluster.count:
+        ways.insert(0, "a smaller --batch_size with --gradient_accumulation_steps")
+    if setup.teacher_itemsize > 2:
+        ways.insert(0, "--teacher_dtype bf16")
+    return f"does not fit: {', '.join(ways)}"
 
 
 def _cache_advice(plan: ScalePlan) -> str:
