@@ -292,12 +292,9 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
         if self.shares_basis:
             logger.info("All stitches are one basis, in which the teacher's states enter blocks.")
         logger.info(ROW, *COLUMNS)
-        train = {
-            "sequential": self._train_in_turn,
-            "parallel_local": self._train_together,
-            "decoupled": self._train_apart,
-        }[self.config.schedule]
-        rows = train(settings)
+        together, apart = self._train_together, self._train_apart
+        ways = {"parallel_local": together, "decoupled": apart}
+        rows = ways.get(self.config.schedule, self._train_in_turn)(settings)
         if self.shares_basis:
             self._chain(rows)
         fitted = len(self.learning_blocks) < len(rows)
