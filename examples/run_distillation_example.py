@@ -250,22 +250,27 @@ def build_trainer(
 
 def train(trainer: "DistillationTrainer", arguments: argparse.Namespace) -> dict[str, Any]:
     """Train as the flags say; the two names that differ are the contract's."""
-    return trainer.train(
-        epochs_per_block=arguments.epochs_per_block,
-        lr_per_block=arguments.lr_per_block,
-        wd_per_block=arguments.weight_decay_per_block,
-        max_grad_norm_per_block=arguments.max_grad_norm_per_block,
-        train_lm_head=arguments.train_lm_head,
-        lm_head_epochs=arguments.lm_head_epochs,
-        lm_head_lr=arguments.lm_head_lr,
-        lm_head_wd=arguments.lm_head_weight_decay,
-        lm_head_max_grad_norm=arguments.lm_head_max_grad_norm,
-        initialize_head_from_teacher=arguments.initialize_head_from_teacher,
-        polish_epochs=arguments.polish_epochs,
-        polish_lr=arguments.polish_lr,
-        polish_wd=arguments.polish_weight_decay,
-        polish_max_grad_norm=arguments.polish_max_grad_norm,
-    )
+    from cleangpt.data.batches import end_workers
+
+    try:
+        return trainer.train(
+            epochs_per_block=arguments.epochs_per_block,
+            lr_per_block=arguments.lr_per_block,
+            wd_per_block=arguments.weight_decay_per_block,
+            max_grad_norm_per_block=arguments.max_grad_norm_per_block,
+            train_lm_head=arguments.train_lm_head,
+            lm_head_epochs=arguments.lm_head_epochs,
+            lm_head_lr=arguments.lm_head_lr,
+            lm_head_wd=arguments.lm_head_weight_decay,
+            lm_head_max_grad_norm=arguments.lm_head_max_grad_norm,
+            initialize_head_from_teacher=arguments.initialize_head_from_teacher,
+            polish_epochs=arguments.polish_epochs,
+            polish_lr=arguments.polish_lr,
+            polish_wd=arguments.polish_weight_decay,
+            polish_max_grad_norm=arguments.polish_max_grad_norm,
+        )
+    finally:
+        end_workers(trainer.backbone_trainer.train_dataloader)
 
 
 def evaluation_command(arguments: argparse.Namespace, student_path: str) -> str:

@@ -131,14 +131,24 @@ def _check_numbers(dataset: Dataset[Any], batch_size: int, num_workers: int) -> 
         )
 
 
-def _end_workers(loader: Any) -> None:
+def end_workers(loader: Any) -> None:
+    """End the worker processes of a loader; if it is used again it starts new ones.
+
+    Args:
+        loader: A loader, with or without workers.
+    """
+    iterator = getattr(loader, "_iterator", None)
+    if iterator is not None:
+        iterator._shutdown_workers()
+        loader._iterator = None
+
+
+def _end_workers(reference: Any) -> None:
     """End the workers of a loader that is still there when Python exits.
 
     Python ends such processes by SIGTERM and waits for them, and they ignore it.
     """
-    iterator = getattr(loader(), "_iterator", None)
-    if iterator is not None:
-        iterator._shutdown_workers()
+    end_workers(reference())
 
 
 def _leave_signals_to_the_run(worker: int) -> None:

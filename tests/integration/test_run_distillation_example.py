@@ -1,5 +1,6 @@
 """The command, called in this process: every flag acts, and wrong ones are refused in two lines."""
 
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,9 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 def test_the_same_command_gives_the_same_bits(place: Path, plain: Any) -> None:
     assert equal(run(place, "again")[0], plain)
+    before = set(multiprocessing.active_children())
     assert equal(run(place, "workers", "--num_workers", "1")[0], plain)
+    assert set(multiprocessing.active_children()) <= before  # none is left behind
     # What only changes words, not weights:
     assert equal(run(place, "log", "--log_interval", "1")[0], plain)
 
