@@ -280,7 +280,7 @@ def vocabulary_size(model: PreTrainedModel) -> int:
     return int(rows)
 
 
-def check_same_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+def check_vocabulary_rows(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
     """Refuse a tokenizer with an id that the model has no row for; more rows than ids are fine.
 
     Raises:
@@ -375,7 +375,7 @@ def load_teacher(
     model, tokenizer = _load(source, lambda found: _read_all(found, dtype, places, where))
     to_device(model, where)
     model.eval().requires_grad_(False)
-    check_same_vocabulary(tokenizer, model)
+    check_vocabulary_rows(tokenizer, model)
     check_finite(model)
     check_causal(model)
     fingerprint = tensors_fingerprint(model.named_parameters(), model)
@@ -392,5 +392,5 @@ def load_teacher_outline(
     """
     source = find_teacher(name, revision, trust_remote_code)
     model, tokenizer = _load(source, lambda found: _read_outline(found, torch.float32))
-    check_same_vocabulary(tokenizer, model)
+    check_vocabulary_rows(tokenizer, model)
     return Teacher(model.eval().requires_grad_(False), tokenizer, name, source.label, "")

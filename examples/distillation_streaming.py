@@ -120,7 +120,7 @@ def pass_tokens(arguments: argparse.Namespace, teacher: "Teacher", student: "nn.
     if room < batch:
         raise UsageError(
             f"--activation_cache_gb {limit:g} holds the states of {fit:,} tokens, fewer than one"
-            f" batch ({batch:,}) and --validation_tokens ({arguments.validation_tokens:,}).",
-            "Raise it, or set --activation_cache off.",
+            f" batch ({batch:,}) and --validation_tokens ({arguments.validation_tokens:,}) take.",
+            "Raise it, lower --validation_tokens, or set --activation_cache off.",
         )
     return room

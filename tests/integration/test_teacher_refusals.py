@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from cleangpt.errors import InputError, UsageError
-from cleangpt.teacher import check_causal, check_same_vocabulary, load_teacher
+from cleangpt.teacher import check_causal, check_vocabulary_rows, load_teacher
 from tests.byte_tokenizer import make_tokenizer
 from tests.saved_teachers import CONFIGS, SMALL, VOCAB, build, save
 
@@ -54,7 +54,7 @@ def test_more_ids_than_rows(tmp_path: Path) -> None:
 def test_padded_rows_are_fine() -> None:
     model = build("gpt2")
     model.resize_token_embeddings(320, mean_resizing=False)
-    check_same_vocabulary(make_tokenizer(eos_token="<end>"), model)
+    check_vocabulary_rows(make_tokenizer(eos_token="<end>"), model)
 
 
 def bert_config(**settings: Any) -> Any:
