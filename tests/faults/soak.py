@@ -46,6 +46,7 @@ SMALL = (
     *("--recipe", "best", "--lm_head_epochs", "1", "--validation_tokens", "1000"),
     *("--student_dropout", "0.1", "--checkpoint_steps", "5", "--log_interval", "1"),
 )
+DECOUPLED = ("--block_inputs", "teacher", "--schedule", "decoupled", "--no_overfit_gate")
 LONG = (
     *("--student_n_embd", "96", "--student_n_head", "6", "--lr_per_block", "3e-3"),
     *("--batch_size", "8", "--block_size", "128", "--student_dropout", "0.1"),
@@ -86,7 +87,9 @@ SETUPS = {
         (10, 50),
         (*ALONE, "worker", "group"),
     ),
+    "decoupled": Setup((*COMMAND, *SMALL, *DECOUPLED), (10, 50), ALONE),
     "two": Setup((*TWO, *COMMAND, *SMALL, "--activation_cache", "disk"), (40, 130), RANKS),
+    "spread": Setup((*TWO, *COMMAND, *SMALL, *DECOUPLED), (10, 50), RANKS),
     "long": Setup((*TWO, *COMMAND, *LONG), (1000, 2300), RANKS),
 }
 SIGNALS = {
@@ -303,13 +306,13 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/soak"))
     parser.add_argument("--kills", type=positive_int, default=100)
     parser.add_argument("--minutes", type=float, default=0.0, help="of killed runs, at least")
-    parser.add_argument("--setup", action="append", choices=tuple(SETUPS), help="default: three")
+    parser.add_argument("--setup", action="append", choices=tuple(SETUPS), help="default: all but long")
     parser.add_argument("--text", help="data set, by name or path; default: the built-in text")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     soak = Soak(arguments.folder, arguments.seed, arguments.text)
-    names = arguments.setup or ["disk", "workers", "two"]
+    names = arguments.setup or [name for name in SETUPS if name != "long"]
     for number in count(len(soak.of("equal"))):
         figures = soak.figures()
         if figures["kills"] >= arguments.kills and figures["minutes"] >= arguments.minutes:
