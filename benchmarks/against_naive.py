@@ -12,6 +12,8 @@ import copy
 import statistics
 from typing import Any
 
+import torch
+
 from benchmarks.cases import (
     Shape,
     before_block,
@@ -23,6 +25,7 @@ from benchmarks.cases import (
 )
 from benchmarks.naive import Epoch, NaiveLoop, naive_block, naive_end_to_end, naive_head
 from benchmarks.ours import PRECISIONS, OurRun, train_our_backbone, train_ours
+from benchmarks.products import head_seconds
 from benchmarks.report import Section
 from benchmarks.spread import number, ratios, relative_difference, spread
 from distillation.config import StageSettings
@@ -192,15 +195,22 @@ def measure_head(kind: str, shape: Shape) -> Section:
     """The head phase as it follows a backbone, whose last states are at hand."""
     section = Section(
         f"Head phase, {shape.epochs} epochs ({shape})",
-        ["student", "precision", "naive s", "ours s", "naive / ours"],
+        [
+            *("student", "precision", "naive s", "ours s", "naive / ours"),
+            *("its products alone s", "naive / products: the bound"),
+        ],
     )
     teacher, start, loader = new_teacher(shape), new_student(kind, shape), windows_loader(shape)
     # One epoch of the last block brings the store to where a real run has it.
     backbone_epochs = [0] * (shape.blocks - 1) + [1]
     ours: Runs = {precision: [] for precision in PRECISIONS}
+    bare: dict[str, list[float]] = {precision: [] for precision in PRECISIONS}
     naive: list[Epoch] = []
     loop: NaiveLoop | None = None
     for _ in range(shape.epochs):
+        exact = head_seconds(shape, torch.float32)
+        bare["fp32"].append(shape.steps * exact)
+        bare["auto"].append(shape.steps * min(exact, head_seconds(shape, torch.bfloat16)))
         for precision, runs in ours.items():
             run = train_ours(
                 *(teacher, start, loader),
@@ -219,8 +229,15 @@ def measure_head(kind: str, shape: Shape) -> Section:
     seconds = [shape.steps * statistics.median(epoch.step_seconds) for epoch in naive]
     for precision, runs in ours.items():
         own = [run.head_seconds for run in runs]
-        section.add(kind, precision, spread(seconds), spread(own), ratios(seconds, own))
+        section.add(
+            *(kind, precision, spread(seconds), spread(own), ratios(seconds, own)),
+            *(spread(bare[precision]), ratios(seconds, bare[precision])),
+        )
     section.notes.append(compare_head_losses(naive[-1].loss, ours))
+    section.notes.append(
+        "Products alone: both models' logits and the gradient of the head by torch.mm, with nothing"
+        " else (auto: in the faster of the two types)."
+    )
     return section
 
 

@@ -1,6 +1,5 @@
 """How much of the machine's matmul rate a block step reaches, and where its time goes."""
 
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.cases import Shape, new_student, new_teacher, starting_stitches
 from benchmarks.ours import PRECISIONS
+from benchmarks.products import bare_seconds
 from benchmarks.report import Section
 from benchmarks.spread import ratios, spread
 from benchmarks.steady import block_steps
@@ -94,16 +94,7 @@ def products_seconds(modules: Sequence[nn.Module], shape: Shape, dtype: torch.dt
         inputs = torch.randn(tokens, weight.shape[1], device=device).to(dtype)
         outputs = torch.randn(tokens, weight.shape[0], device=device).to(dtype)
         work += [(inputs, weight.t()), (outputs, weight), (outputs.t(), inputs)]
-    results = [torch.mm(left, right) for left, right in work]
-    seconds = []
-    for _ in range(5):
-        started_at = time.perf_counter()
-        for (left, right), result in zip(work, results, strict=True):
-            torch.mm(left, right, out=result)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - started_at)
-    return statistics.median(seconds)
+    return bare_seconds(work)
 
 
 def fastest_dtype(modules: Sequence[nn.Module], shape: Shape) -> torch.dtype:

@@ -306,7 +306,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/soak"))
     parser.add_argument("--kills", type=positive_int, default=100)
     parser.add_argument("--minutes", type=float, default=0.0, help="of killed runs, at least")
-    parser.add_argument("--setup", action="append", choices=tuple(SETUPS), help="default: all but long")
+    parser.add_argument(
+        "--setup", action="append", choices=tuple(SETUPS), help="default: all but long"
+    )
     parser.add_argument("--text", help="data set, by name or path; default: the built-in text")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
