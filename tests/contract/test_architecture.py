@@ -31,6 +31,7 @@ ALLOWED_IMPORTS: tuple[tuple[str, frozenset[str]], ...] = (
     ("cleangpt", frozenset({"cleangpt"})),
     ("distillation.losses", frozenset({"distillation.losses"})),
     ("distillation.evaluation", frozenset({"distillation", "cleangpt", "model", *LEAF_MODULES})),
+    ("distillation.commands", frozenset({"distillation", "cleangpt", "model", *LEAF_MODULES})),
     ("distillation", frozenset({"distillation", "cleangpt", *LEAF_MODULES})),
     ("examples", frozenset(OURS) - {"tests", "benchmarks"}),
     ("benchmarks", frozenset(OURS) - {"tests"}),
@@ -38,13 +39,18 @@ ALLOWED_IMPORTS: tuple[tuple[str, frozenset[str]], ...] = (
 )
 
 # Training must not reach the evaluation, which may import the students.
-FORBIDDEN_PAIRS = (("distillation.trainers", "distillation.evaluation"),)
+FORBIDDEN_PAIRS = (
+    ("distillation.trainers", "distillation.evaluation"),
+    ("distillation.trainers", "distillation.commands"),
+    ("distillation.distillation_trainer", "distillation.commands"),
+)
 
 MAY_PRINT = (
     "examples/",
     "benchmarks/",
     "cleangpt/cli.py",
     "cleangpt/builtin/train.py",
+    "distillation/commands/",
     "distillation/evaluation/evaluate_distilled_model.py",
 )
 GRAB_BAGS = {"util", "utils", "helper", "helpers", "common", "misc", "tools", "stuff"}

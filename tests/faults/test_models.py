@@ -31,7 +31,7 @@ from tests.faults.small_runs import TRAINING, send_sigterm, small_trainer
 def test_a_misspelt_or_half_remembered_flag_names_the_right_one(
     typed: str, meant: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from examples.distillation_flags import build_parser
+    from distillation.commands.flags import build_parser
 
     with pytest.raises(SystemExit) as stop:
         build_parser().parse_args([typed, "4"])
@@ -42,7 +42,7 @@ def test_a_misspelt_or_half_remembered_flag_names_the_right_one(
 
 
 def test_a_flag_like_no_other_gets_no_guess(capsys: pytest.CaptureFixture[str]) -> None:
-    from examples.distillation_flags import build_parser
+    from distillation.commands.flags import build_parser
 
     with pytest.raises(SystemExit):
         build_parser().parse_args(["--zzz"])

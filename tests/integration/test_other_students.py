@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from cleangpt.errors import InputError, UsageError
+from distillation.commands import distil as command
+from distillation.commands.flags import parse_arguments
 from distillation.evaluation import evaluate_distilled_model
 from distillation.evaluation.loading import load_model
-from examples import run_distillation_example as command
 from tests.saved_teachers import CONFIGS, VOCAB, build, save
 
 BLOCKS = 2
@@ -35,7 +36,7 @@ def run(place: Path, name: str, *flags: str) -> tuple[Path, str]:
     arguments = ["--teacher_model_name_or_path", str(place / "teacher")]
     arguments += ["--dataset_name", str(place / "text.txt"), "--block_size", "16"]
     arguments += ["--output_dir", str(place / name), "--epochs_per_block", "1", "--device", "cpu"]
-    parsed = command.parse_arguments([*arguments, *flags])
+    parsed = parse_arguments([*arguments, *flags])
     results, _ = command.distil(parsed)
     return place / name, command.evaluation_command(parsed, results["student_path"])
 
@@ -106,14 +107,14 @@ def test_a_run_goes_on_where_another_ended(place: Path) -> None:
 )
 def test_flags_that_would_do_nothing_are_refused(flags: str, cause: str) -> None:
     with pytest.raises(UsageError, match=cause):
-        command.parse_arguments(flags.split())
+        parse_arguments(flags.split())
 
 
 def test_a_start_keeps_its_weights_unless_told_otherwise() -> None:
-    parsed = command.parse_arguments(["--start_student", "x", "--recipe", "best"])
+    parsed = parse_arguments(["--start_student", "x", "--recipe", "best"])
     assert parsed.init_from_teacher == "none"
     flags = ["--start_student", "x", "--init_from_teacher", "pca"]
-    assert command.parse_arguments(flags).init_from_teacher == "pca"
+    assert parse_arguments(flags).init_from_teacher == "pca"
 
 
 def test_a_folder_keeps_its_head_only_if_it_has_weights(place: Path, tmp_path: Path) -> None:
@@ -121,11 +122,11 @@ def test_a_folder_keeps_its_head_only_if_it_has_weights(place: Path, tmp_path: P
     start = ["--student_model_type", "hf", "--student_config"]
     for recipe in ("best", "tutorial"):
         flags = [*start, str(tmp_path), "--recipe", recipe]
-        assert not command.parse_arguments(flags).initialize_head_from_teacher
+        assert not parse_arguments(flags).initialize_head_from_teacher
         flags += ["--initialize_head_from_teacher"]
-        assert command.parse_arguments(flags).initialize_head_from_teacher
+        assert parse_arguments(flags).initialize_head_from_teacher
         flags = [*start, str(place / "llama.json"), "--recipe", recipe]
-        assert command.parse_arguments(flags).initialize_head_from_teacher
+        assert parse_arguments(flags).initialize_head_from_teacher
 
 
 BAD_CONFIGURATIONS = [
@@ -146,5 +147,5 @@ def test_configurations_that_are_none(content: Any, place: Path, tmp_path: Path)
 @pytest.mark.parametrize("flag", ["--layer_map 1,x", "--layer_map middle", "--blocks 3-1"])
 def test_maps_and_blocks_that_do_not_parse(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        command.parse_arguments(flag.split())
+        parse_arguments(flag.split())
     assert "fix:" in capsys.readouterr().err

@@ -130,7 +130,7 @@ def test_a_configuration_without_a_vocabulary_gets_the_teachers(place: Path) -> 
     from transformers import LlamaConfig
 
     from cleangpt.teacher import load_teacher
-    from examples.distillation_student import hf_student
+    from distillation.commands.student import hf_student
 
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     config = LlamaConfig(**small, num_attention_heads=2, max_position_embeddings=CONTEXT)

@@ -26,7 +26,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(place: Path, name: str, *flags: str) -> tuple[dict[str, Tensor], Path]:
     """Run the command; return what it trained and where it wrote."""
-    from examples.run_distillation_example import build_parser, distil
+    from distillation.commands.distil import distil
+    from distillation.commands.flags import build_parser
 
     where = ("--output_dir", str(place / "runs" / name), "--overwrite")
     data = ("--teacher_model_name_or_path", str(place / "teacher"))
@@ -140,7 +141,8 @@ def test_flags_of_the_activation_cache(place: Path, plain: Any) -> None:
 
 
 def test_threads_are_set_as_asked(place: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from examples.run_distillation_example import build_parser, prepare
+    from distillation.commands.distil import prepare
+    from distillation.commands.flags import build_parser
 
     caplog.set_level("INFO")
     data = ("--teacher_model_name_or_path", str(place / "teacher"))

@@ -185,7 +185,7 @@ def test_memory_does_not_grow_with_the_corpus() -> None:
 
 
 def arguments_of(*flags: str) -> argparse.Namespace:
-    from examples.distillation_flags import parse_arguments
+    from distillation.commands.flags import parse_arguments
 
     return parse_arguments(["--streaming", "--dataset_name", "x.jsonl", *flags])
 
@@ -201,7 +201,7 @@ def arguments_of(*flags: str) -> argparse.Namespace:
     ],
 )
 def test_flags_that_cannot_go_with_a_stream_are_refused(flags: str, words: str) -> None:
-    from examples.distillation_data import find_documents
+    from distillation.commands.data import find_documents
 
     with pytest.raises(UsageError) as caught:
         find_documents(arguments_of(*flags.split()))
@@ -217,7 +217,7 @@ def test_a_pass_is_what_the_byte_budget_holds() -> None:
     from types import SimpleNamespace
 
     from cleangpt.data.streamed_windows import PASS_TOKENS
-    from examples.distillation_streaming import pass_tokens
+    from distillation.commands.streaming import pass_tokens
 
     teacher: Any = SimpleNamespace(model=tiny_teacher())
     with torch.device("meta"):
@@ -256,7 +256,7 @@ def flags(tmp_path: Path) -> list[str]:
 def test_the_command_trains_on_a_stream(
     tmp_path: Path, flags: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    from examples.run_distillation_example import evaluation_command, prepare, train
+    from distillation.commands.distil import evaluation_command, prepare, train
 
     caplog.set_level("INFO")
     arguments = arguments_of(*flags)

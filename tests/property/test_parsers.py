@@ -18,8 +18,8 @@ from cleangpt.integrity import is_as_sealed, parse_json_object, sealed
 from cleangpt.manifest import read_manifest
 from cleangpt.run_directory import RunDirectory
 from cleangpt.safe_text import clean_line, clean_text
+from distillation.commands.flags import parse_arguments
 from distillation.layer_map import LAYER_MAPS, choose_blocks, choose_layer_map
-from examples.distillation_flags import parse_arguments
 
 few = settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

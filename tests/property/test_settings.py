@@ -7,10 +7,10 @@ from typing import Any
 from hypothesis import given, settings, strategies as st
 
 from cleangpt.runtime.precision import PRECISIONS
+from distillation.commands.flags import build_parser
 from distillation.config import BLOCK_INPUTS, BLOCK_SCHEDULES, CACHES, DistillationConfig
 from distillation.layer_map import LAYER_MAPS
 from distillation.losses import DistillationLoss
-from examples.distillation_flags import build_parser
 
 SETTINGS = settings(max_examples=25, deadline=None)
 rates = st.floats(0.0, 0.99)

@@ -6,9 +6,9 @@ import logging
 import pytest
 
 from distillation import DistillationTrainer
+from distillation.commands.flags import build_parser, parse_arguments
 from distillation.config import LoopOptions
 from distillation.recipes import RECIPES
-from examples.distillation_flags import build_parser, parse_arguments
 
 
 def test_without_a_flag_of_the_method_the_best_recipe_is_used() -> None:

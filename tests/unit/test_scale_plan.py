@@ -13,12 +13,12 @@ from cleangpt.blocks import BlockStack
 from cleangpt.errors import CleanGPTError
 from cleangpt.runtime.ranks import Ranks
 from distillation.accelerators import ACCELERATORS, Accelerator, Cluster
+from distillation.commands.flags import parse_arguments
+from distillation.commands.scale import PLAN_DEVICES, check_scale_flags, plan_for_cluster
 from distillation.plan import Workload, block_flops, parameters
 from distillation.scale_advice import advice
 from distillation.scale_plan import ScalePlan, device_costs, plan_at_scale
 from distillation.scale_sizes import Setup, blocks_whole, copies, outside_blocks
-from examples.distillation_flags import parse_arguments
-from examples.distillation_scale import PLAN_DEVICES, check_scale_flags, plan_for_cluster
 from model import get_model_class
 from tests.builders import BLOCKS, VOCAB, WIDTH, tiny_student, tiny_teacher
 

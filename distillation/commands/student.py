@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from examples.distillation_flags import STUDENT_SWITCHES
-from examples.student_flags import HF_STUDENT, holds_weights
+from distillation.commands.flags import STUDENT_SWITCHES
+from distillation.commands.student_flags import HF_STUDENT, holds_weights
 
 if TYPE_CHECKING:
     from torch import nn

@@ -16,10 +16,10 @@ from cleangpt.cli import (
     probability,
 )
 from config_distillation import MODEL_TYPES
+from distillation.commands.scale import add_scale_flags
+from distillation.commands.streaming import add_streaming_flags
+from distillation.commands.student_flags import HF_STUDENT, check_student_flags, keep_own_weights
 from distillation.recipes import RECIPES, TUTORIAL
-from examples.distillation_scale import add_scale_flags
-from examples.distillation_streaming import add_streaming_flags
-from examples.student_flags import HF_STUDENT, check_student_flags, keep_own_weights
 
 logger = logging.getLogger(__name__)
 

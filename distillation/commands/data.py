@@ -4,7 +4,7 @@ import argparse
 import logging
 from typing import TYPE_CHECKING, Any
 
-from examples.distillation_streaming import check_streaming, streamed_windows
+from distillation.commands.streaming import check_streaming, streamed_windows
 
 if TYPE_CHECKING:
     from torch import nn

@@ -134,9 +134,9 @@ def plan_for_cluster(
 
     from cleangpt.blocks import BlockStack
     from distillation.accelerators import ACCELERATORS, Cluster
+    from distillation.commands.student import build_student
     from distillation.scale_advice import advice
     from distillation.scale_plan import plan_at_scale
-    from examples.distillation_student import build_student
 
     teacher = outline(arguments)
     with torch.device("meta"):
@@ -200,7 +200,7 @@ def tokens(arguments: argparse.Namespace, teacher: Any, student: Any) -> int:
     if arguments.plan_tokens is not None:
         return int(arguments.plan_tokens)
     from distillation.cache_plan import positions_in
-    from examples.distillation_data import build_dataloader, find_documents
+    from distillation.commands.data import build_dataloader, find_documents
 
     loader = build_dataloader(arguments, find_documents(arguments), teacher, student)
     return positions_in(loader) or 0

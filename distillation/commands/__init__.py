@@ -1,0 +1,1 @@
+"""What the commands are made of: flags, and what they ask for."""
