@@ -10,6 +10,7 @@ executed. What the tensors mean is not known here.
 import contextlib
 import json
 import logging
+import math
 import re
 import shutil
 import uuid
@@ -36,6 +37,7 @@ KEPT = 2
 FORMAT_VERSION = 2
 _NAME = re.compile(r"step-(\d{8})-([0-9a-f]{8})")
 _FILES = ("tensors.safetensors", "state.json")
+_FLOAT = "float"
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,8 @@ class Checkpoints:
             seen.add(tensor.data_ptr())
         save_file(tensors, folder / _FILES[0])
         faultpoint("checkpoint.tensors_written")
-        (folder / _FILES[1]).write_text(json.dumps(checkpoint.state), encoding="utf-8")
+        state = json.dumps(_named_nonfinite(checkpoint.state), allow_nan=False)
+        (folder / _FILES[1]).write_text(state, encoding="utf-8")
         faultpoint("checkpoint.state_written")
         manifest = {
             "format_version": FORMAT_VERSION,
@@ -228,7 +231,7 @@ def _read(path: Path) -> Checkpoint:
     """
     try:
         tensors = load_file(path / _FILES[0])
-        state = parse_json_object((path / _FILES[1]).read_bytes())
+        state = _numbered_nonfinite(parse_json_object((path / _FILES[1]).read_bytes()))
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
             f"{path} cannot be read: {error}",
@@ -236,6 +239,29 @@ def _read(path: Path) -> Checkpoint:
         ) from error
     refuse_nonfinite(tensors, f"{path} is not used")
     return Checkpoint(_number(path), tensors, state)
+
+
+def _named_nonfinite(value: Any) -> Any:
+    """The same with NaN and infinities as ``{"float": "nan"}``: JSON has no such numbers.
+
+    A stage of no steps has no loss, and a run that goes on must know just that.
+    """
+    if isinstance(value, dict):
+        return {key: _named_nonfinite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_named_nonfinite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return {_FLOAT: str(value)}
+    return value
+
+
+def _numbered_nonfinite(value: Any) -> Any:
+    """What :func:`_named_nonfinite` was given."""
+    if isinstance(value, dict):
+        if value.keys() == {_FLOAT}:
+            return float(value[_FLOAT])
+        return {key: _numbered_nonfinite(item) for key, item in value.items()}
+    return [_numbered_nonfinite(item) for item in value] if isinstance(value, list) else value
 
 
 def _number(path: Path) -> int:

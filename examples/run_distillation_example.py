@@ -3,7 +3,7 @@
     python -m examples.run_distillation_example
 
 alone distils the built-in teacher on the built-in text. ``--help`` lists everything. The flags are
-in ``distillation/commands/flags.py``, what is done with them in ``distillation/commands/distil.py``.
+in ``distillation/commands/flags.py``, what is done with them in ``distil.py`` beside it.
 """
 
 import importlib
