@@ -34,7 +34,7 @@ Values = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Place:
+class StagePosition:
     """Where inside a stage a run is.
 
     Args:
@@ -184,7 +184,7 @@ class Journal:
             self._arrive(self._resumed)
         return results
 
-    def interrupted(self, name: str) -> tuple[Place, Tensors, Values] | None:
+    def interrupted(self, name: str) -> tuple[StagePosition, Tensors, Values] | None:
         """Where the stage was when the run stopped, and its own state."""
         if self._resumed is None:
             return None
@@ -200,7 +200,7 @@ class Journal:
         own = {
             n.removeprefix("stage/"): t for n, t in saved.tensors.items() if n.startswith("stage/")
         }
-        return Place(current["epoch"], current["steps"]), own, current["values"]
+        return StagePosition(current["epoch"], current["steps"]), own, current["values"]
 
     def step_done(self) -> bool:
         """Count an optimizer step; return whether to save now, as all processes agree."""
@@ -211,7 +211,7 @@ class Journal:
             due = due or time.monotonic() - self._saved_at > 60 * self._minutes
         return self._ranks.any(due or self.stop.signal is not None)
 
-    def save(self, name: str, place: Place, tensors: Tensors, values: Values) -> None:
+    def save(self, name: str, place: StagePosition, tensors: Tensors, values: Values) -> None:
         """Save in the middle of a stage, and stop there if that was asked.
 
         Raises:

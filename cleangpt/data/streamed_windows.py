@@ -42,7 +42,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from cleangpt.data.overlap import overlap_sketch
-from cleangpt.data.streams import Place, TextStream
+from cleangpt.data.streams import StreamPosition, TextStream
 from cleangpt.data.windows import check_block_size, token_chunks
 from cleangpt.errors import CleanGPTError, InputError, UsageError
 
@@ -67,7 +67,7 @@ class Mark:
         is_first: Whether nothing stands before the document.
     """
 
-    place: Place | None = None
+    place: StreamPosition | None = None
     offset: int = 0
     is_first: bool = True
 
@@ -77,7 +77,7 @@ class _Reader:
 
     def __init__(self, stream: TextStream, tokenizer: PreTrainedTokenizerBase, mark: Mark) -> None:
         self.mark = replace(mark, offset=0)
-        self._ahead: deque[Place] = deque()  # documents taken and not yet tokenized
+        self._ahead: deque[StreamPosition] = deque()  # documents taken and not yet tokenized
         self._document = 0  # the number of the first of them
         texts = self._texts(stream, mark.place)
         self._chunks = token_chunks(
@@ -112,7 +112,7 @@ class _Reader:
             self.mark = Mark(self._ahead[0], 0, self.mark.is_first and not self.mark.offset)
         return True
 
-    def _texts(self, stream: TextStream, place: Place | None) -> Iterator[str]:
+    def _texts(self, stream: TextStream, place: StreamPosition | None) -> Iterator[str]:
         for found, text in stream.documents(place):
             self._ahead.append(found)
             yield text
@@ -230,7 +230,7 @@ class StreamedWindows(Dataset[dict[str, Tensor]]):
         """Take up what :meth:`state_dict` returned, for data of the same fingerprint."""
         for name, known in state.items():
             start = dict(known["start"])
-            start["place"] = start["place"] and Place(*start["place"])
+            start["place"] = start["place"] and StreamPosition(*start["place"])
             self._starts.setdefault(int(name), Mark(**start))
             self._checksums.setdefault(int(name), str(known["checksum"]))
 

@@ -48,7 +48,7 @@ _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-class Place(NamedTuple):
+class StreamPosition(NamedTuple):
     """Where a document stands. JSON keeps it, as a list.
 
     Args:
@@ -78,18 +78,18 @@ class _Part:
     open: Callable[[], Any]
     document_size: int = 0
 
-    def items(self, column: str, place: Place) -> Iterator[tuple[Place, Any]]:
+    def items(self, column: str, place: StreamPosition) -> Iterator[tuple[StreamPosition, Any]]:
         """Rows or documents from a place on, each with its own."""
         if self.document_size:
             lines = (line for _, rows in self._batches("text", None) for line in rows)
             documents = enumerate(cut_lines(lines, self.document_size))
             for index, text in islice(documents, place.items, None):
-                yield Place(place.part, None, index), text
+                yield StreamPosition(place.part, None, index), text
             return
         first = place.items
         for state, rows in self._batches(column, place.state):
             for index in range(min(first, len(rows)), len(rows)):
-                yield Place(place.part, state, index), rows[index]
+                yield StreamPosition(place.part, state, index), rows[index]
             first = max(0, first - len(rows))
 
     def head(self) -> dict[str, str] | None:
@@ -159,16 +159,18 @@ class TextStream:
         files = [[Path(part.name).name, part.size] for part in self.parts]
         return [self.split, self.text_column, self.is_cut, files]
 
-    def documents(self, place: Place | None = None) -> Iterator[tuple[Place, str]]:
+    def documents(
+        self, place: StreamPosition | None = None
+    ) -> Iterator[tuple[StreamPosition, str]]:
         """Yield the non-blank documents from a place on, each with its own.
 
         Raises:
             InputError: If a file is damaged, or a row is neither text nor null.
             EnvironmentProblem: If a data set on the hub cannot be read on.
         """
-        first = place or Place()
+        first = place or StreamPosition()
         for index in range(first.part, len(self.parts)):
-            start = first if index == first.part else Place(index)
+            start = first if index == first.part else StreamPosition(index)
             for found, value in self.parts[index].items(self.text_column, start):
                 text = clean_document(value, found.items, self.text_column)
                 if text is None or (self.is_cut and split_of_document(text) != self.split):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cleangpt.runtime.ranks import Ranks
 from distillation.config import StageSettings
-from distillation.journal import Journal, Place
+from distillation.journal import Journal, StagePosition
 from distillation.preflight import check_same_batches
 from distillation.stages import Stage
 from distillation.trainers.stage_loop import StageResult
@@ -61,7 +61,7 @@ class DecoupledBlocks:
             return [StageResult(**values) for values in known]
         if journal.interrupted(NAME) is None:
             # The start and the settings are safe before any block has a checkpoint of its own.
-            journal.save(NAME, Place(0, 0), {}, {})
+            journal.save(NAME, StagePosition(0, 0), {}, {})
         check_same_batches(ranks, next(iter(trainer.batches(0))))
         for module in journal.modules.values():  # what each process fitted may differ by rounding
             ranks.copy_from_main(module)

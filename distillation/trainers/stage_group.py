@@ -15,7 +15,7 @@ from cleangpt.runtime.compiling import compiled
 from cleangpt.runtime.module_state import tensors_checksum
 from distillation.batch import Batch, rows_of
 from distillation.config import StageSettings
-from distillation.journal import Place
+from distillation.journal import StagePosition
 from distillation.passes import passes_of
 from distillation.preflight import check_same_batches
 from distillation.stages import Stage
@@ -91,7 +91,7 @@ class StageGroup:
                     for module in trainer.journal.modules.values():
                         trainer.ranks.copy_from_main(module)  # fits may differ by rounding
                     self._validate([loop for loop in loops if loop.settings.epochs])
-                    place = Place(0, 0)
+                    place = StagePosition(0, 0)
                 for epoch in range(place.epoch, self.rounds):
                     self._train_epoch(epoch, place.steps if epoch == place.epoch else 0)
         finally:
@@ -135,7 +135,7 @@ class StageGroup:
                 trainer.progress.advance()
             self._log(loops)
             if trainer.journal.step_done():
-                self._save(Place(epoch, index + 1))
+                self._save(StagePosition(epoch, index + 1))
         for loop in loops:
             loop.end_epoch(trainer.run, epoch)
             trainer.after_epoch(loop.stage, epoch)
@@ -194,7 +194,7 @@ class StageGroup:
             return batch
         return rows_of(batch, self.trainer.ranks.share(batch.row_keys))
 
-    def _save(self, place: Place) -> None:
+    def _save(self, place: StagePosition) -> None:
         tensors: dict[str, Tensor] = {}
         values = []
         for index, loop in enumerate(self.loops):
@@ -208,7 +208,7 @@ class StageGroup:
         state = {"loops": values, "seconds": self._seconds()}
         self.trainer.journal.save(self.name, place, tensors, state)
 
-    def _taken_up(self) -> Place | None:
+    def _taken_up(self) -> StagePosition | None:
         """Take up what an interrupted run left; None if this group was not begun."""
         found = self.trainer.journal.interrupted(self.name)
         if found is None:

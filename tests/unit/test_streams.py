@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cleangpt.data.streams import Place, TextStream, first_texts, open_stream
+from cleangpt.data.streams import StreamPosition, TextStream, first_texts, open_stream
 from cleangpt.data.text_sources import load_texts, split_of_document
 from cleangpt.errors import EnvironmentProblem, InputError, UsageError
 from tests.unit.test_text_sources import STORIES, write_csv, write_jsonl, write_parquet
@@ -35,8 +35,8 @@ def texts_of(stream: TextStream, place: Any = None) -> list[str]:
     return [text for _, text in stream.documents(place)]
 
 
-def through_json(place: Place) -> Place:
-    return Place(*json.loads(json.dumps(place)))
+def through_json(place: StreamPosition) -> StreamPosition:
+    return StreamPosition(*json.loads(json.dumps(place)))
 
 
 @pytest.fixture
