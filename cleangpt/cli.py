@@ -144,7 +144,7 @@ class CommandParser(argparse.ArgumentParser):
     def _refuse(self, argument: str) -> NoReturn:
         name = argument.split("=", 1)[0]
         known = [flag for action in self._actions for flag in action.option_strings]
-        nearest = _nearest_flags(name, known)
+        nearest = nearest_names(name, known)
         kind = "flag" if name.startswith("-") else "argument"
         hint = f"Did you mean {' or '.join(nearest)}? " if nearest and kind == "flag" else ""
         _print_error(
@@ -153,18 +153,24 @@ class CommandParser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def _nearest_flags(name: str, known: Sequence[str]) -> list[str]:
-    """The flag that is spelt like ``name``; else up to three that have its words; else a guess."""
+def nearest_names(name: str, known: Sequence[str]) -> list[str]:
+    """The one that is spelt like ``name``; else up to three that have its words; else a guess.
+
+    Args:
+        name: What nobody knows.
+        known: Flags, with their dashes, or names without.
+    """
     # Flags are often written with a dash where ours have an underscore.
     spelled = name.lstrip("-").lower().replace("-", "_")
     words = set(spelled.split("_"))
-    longer = [flag for flag in known if words <= set(flag.lstrip("-").split("_"))]
-    longer.sort(key=lambda flag: not flag.startswith(f"--{spelled}"))
+    plain = {each.lstrip("-"): each for each in known}
+    longer = [each for each in plain if words <= set(each.split("_"))]
+    longer.sort(key=lambda each: not each.startswith(spelled))
 
     def closest(cutoff: float) -> list[str]:
-        return difflib.get_close_matches(f"--{spelled}", known, n=1, cutoff=cutoff)
+        return difflib.get_close_matches(spelled, plain, n=1, cutoff=cutoff)
 
-    return closest(0.85) or longer[:3] or closest(0.5)
+    return [plain[each] for each in closest(0.85) or longer[:3] or closest(0.5)]
 
 
 def add_switch(

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 RUN_FILES = (
     MANIFEST_NAME,
     "config.json",
+    "config.yaml",
     "audit.json",
     "metrics.jsonl",
     "stream.json",
@@ -58,6 +59,8 @@ class RunDirectory:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.writes = launched(os.environ)[0] == 0
+        self.attachments: dict[str, bytes] = {}
+        """Files by name that a new run here begins with."""
         self.metrics = MetricsLog(self.path / "metrics.jsonl" if self.writes else None)
         self.run_id = uuid.uuid4().hex
         self._manifest: dict[str, Any] = {}
@@ -110,6 +113,8 @@ class RunDirectory:
                 **about,
             }
             self.write_manifest()
+            for name, content in () if goes_on else self.attachments.items():
+                self.write_bytes(name, content)
             try:
                 yield self
                 self._manifest.update(status="done", files=self._sums())

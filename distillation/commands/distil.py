@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from cleangpt.cli import setup_logging
 from cleangpt.runtime.launcher import launched
 from distillation.commands.data import build_dataloader, find_documents, validation_dataloader
-from distillation.commands.flags import parse_arguments
 from distillation.commands.scale import check_scale_flags, plan_for_cluster
+from distillation.commands.settings import parse_arguments
 from distillation.commands.student import build_student
 from distillation.commands.student_flags import HF_STUDENT
 
@@ -59,6 +59,9 @@ def main(argv: list[str] | None = None, find_class: StudentFinder = registered) 
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
     setup_logging(debug)
     arguments = parse_arguments(argv)
+    if arguments.print_config:
+        print(arguments.settings_text, end="")
+        return
     check_scale_flags(arguments)
     if arguments.plan_device:
         planned, lines = plan_for_cluster(arguments, find_class)
@@ -219,7 +222,7 @@ def build_trainer(
     from distillation import DistillationTrainer
     from distillation.config import LoopOptions
 
-    return DistillationTrainer(
+    trainer = DistillationTrainer(
         teacher.model,
         student,
         teacher.tokenizer,
@@ -241,6 +244,8 @@ def build_trainer(
         keep_start=arguments.keep_start,
         **{name: getattr(arguments, name) for name in LoopOptions.__annotations__},
     )
+    trainer.run.attachments["config.yaml"] = arguments.settings_text.encode()
+    return trainer
 
 
 def train(trainer: "DistillationTrainer", arguments: argparse.Namespace) -> dict[str, Any]:

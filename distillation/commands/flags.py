@@ -1,7 +1,6 @@
 """The flags of ``run_distillation_example``: name, type, default, and what each one does."""
 
 import argparse
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,18 +14,15 @@ from cleangpt.cli import (
     positive_int,
     probability,
 )
+from cleangpt.settings_file import add_config_flags
 from config_distillation import MODEL_TYPES
 from distillation.commands.scale import add_scale_flags
 from distillation.commands.streaming import add_streaming_flags
-from distillation.commands.student_flags import HF_STUDENT, check_student_flags, keep_own_weights
-from distillation.recipes import RECIPES, TUTORIAL
-
-logger = logging.getLogger(__name__)
+from distillation.commands.student_flags import HF_STUDENT
 
 PROGRAM = "examples.run_distillation_example"
 Row = tuple[str, Callable[[str], Any], Any, str]
 
-VALIDATION_TOKENS = 20_000
 LAYER_MAPS = ("uniform", "first", "last")
 PER_BLOCK = "; one value, or one per block as 1e-3,5e-4"
 STUDENT_SWITCHES = {
@@ -140,55 +136,15 @@ def build_parser() -> CommandParser:
     _add_stage_flags(parser)
     _add_run_flags(parser)
     add_scale_flags(parser)
+    add_config_flags(parser)
     return parser
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the flags, and let the recipe decide what none of them names.
-
-    Without ``--recipe`` that is "best", or "tutorial" once a flag of the method is given: who sets
-    the tutorial's flags means its algorithm.
-    """
-    arguments = build_parser().parse_args(argv)
-    named = _named_flags(argv)
-    check_student_flags(arguments, named)
-    chosen = arguments.recipe or ("tutorial" if named & _method_flags() else "best")
-    values = recipe_flags(chosen)
-    arguments.recipe = chosen
-    for name, value in values.items():
-        if name not in named:
-            setattr(arguments, name, value)
-    keep_own_weights(arguments, named)
-    own = sorted(named & _method_flags() - {"recipe"})
-    logger.info(
-        "Recipe %s: %s. %s",
-        chosen,
-        ", ".join(f"{name}={getattr(arguments, name)}" for name in values),
-        f"Named by flags: {', '.join(own)}." if own else "No flag changes it.",
-    )
-    return arguments
-
-
-def recipe_flags(name: str) -> dict[str, Any]:
-    """What a recipe sets, by the names of the flags."""
-    recipe = RECIPES[name]
-    held_out = {} if recipe is TUTORIAL else {"validation_tokens": VALIDATION_TOKENS}
-    return {**recipe.options, **recipe.training, **held_out}
-
-
-def _method_flags() -> set[str]:
+def method_flags() -> set[str]:
+    """What a recipe may say: how the student learns."""
     parser = CommandParser()
     _add_stage_flags(parser)
     return {action.dest for action in parser._actions} - {"help"}
-
-
-def _named_flags(argv: Sequence[str] | None) -> set[str]:
-    """The flags that were given, whatever their values."""
-    parser = build_parser()
-    parser._defaults.clear()
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    return set(vars(parser.parse_args(argv)))
 
 
 def layer_map(text: str) -> str | list[int]:
@@ -304,9 +260,10 @@ def _add_data_flags(parser: CommandParser) -> None:
 def _add_stage_flags(parser: CommandParser) -> None:
     parser.add_argument(
         "--recipe",
-        choices=tuple(RECIPES),
-        help="what the flags below are where none is given (default: best, or tutorial once one"
-        " of them is given); the defaults they show are the tutorial's",
+        metavar="best|tutorial|FILE",
+        help="what the flags below are where none is given, by name or as a YAML file of them"
+        " (default: best, or tutorial once one of them is given); the defaults they show are the"
+        " tutorial's",
     )
     switches = {
         "freeze_previous_blocks": ("no_freeze_previous_blocks", "keep earlier blocks fixed"),

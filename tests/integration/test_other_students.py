@@ -10,7 +10,7 @@ import torch
 
 from cleangpt.errors import InputError, UsageError
 from distillation.commands import distil as command
-from distillation.commands.flags import parse_arguments
+from distillation.commands.settings import parse_arguments
 from distillation.evaluation import evaluate_distilled_model
 from distillation.evaluation.loading import load_model
 from tests.saved_teachers import CONFIGS, VOCAB, build, save

@@ -27,12 +27,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(place: Path, name: str, *flags: str) -> tuple[dict[str, Tensor], Path]:
     """Run the command; return what it trained and where it wrote."""
     from distillation.commands.distil import distil
-    from distillation.commands.flags import build_parser
+    from distillation.commands.settings import parse_arguments
 
     where = ("--output_dir", str(place / "runs" / name), "--overwrite")
     data = ("--teacher_model_name_or_path", str(place / "teacher"))
     data = (*data, "--dataset_name", str(place / "stories"))
-    arguments = build_parser().parse_args([*data, *BASE, *where, *flags])
+    arguments = parse_arguments([*data, *BASE, *where, "--recipe", "tutorial", *flags])
     _, student = distil(arguments)
     return student.state_dict(), place / "runs" / name
 
@@ -54,6 +54,20 @@ def test_the_same_command_gives_the_same_bits(place: Path, plain: Any) -> None:
     assert set(multiprocessing.active_children()) <= before  # none is left behind
     # What only changes words, not weights:
     assert equal(run(place, "log", "--log_interval", "1")[0], plain)
+
+
+def test_the_settings_of_a_run_repeat_it(place: Path, plain: Any) -> None:
+    """From its own file, whatever other flags are given now."""
+    from distillation.commands.distil import distil
+    from distillation.commands.settings import parse_arguments
+
+    settings = place / "runs" / "plain" / "config.yaml"
+    again = place / "runs" / "from settings"
+    _, student = distil(parse_arguments(["--config", str(settings), "--output_dir", str(again)]))
+    assert equal(student.state_dict(), plain)
+    text = (again / "config.yaml").read_text()
+    assert f"output_dir: {again}  # flag" in text
+    assert "lm_head_epochs" in text
 
 
 @pytest.mark.parametrize(
@@ -142,14 +156,14 @@ def test_flags_of_the_activation_cache(place: Path, plain: Any) -> None:
 
 def test_threads_are_set_as_asked(place: Path, caplog: pytest.LogCaptureFixture) -> None:
     from distillation.commands.distil import prepare
-    from distillation.commands.flags import build_parser
+    from distillation.commands.settings import parse_arguments
 
     caplog.set_level("INFO")
     data = ("--teacher_model_name_or_path", str(place / "teacher"))
     data = (*data, "--dataset_name", str(place / "stories"), "--dataset_text_column", "text")
     for count in (1, 3):
         where = ("--output_dir", str(place / "runs" / "threads"), "--threads", str(count))
-        prepare(build_parser().parse_args([*data, *BASE, *where]))
+        prepare(parse_arguments([*data, *BASE, *where]))
         assert torch.get_num_threads() == count
     assert "on cpu, 3 threads (as asked)" in caplog.text
 

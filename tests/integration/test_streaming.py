@@ -185,7 +185,7 @@ def test_memory_does_not_grow_with_the_corpus() -> None:
 
 
 def arguments_of(*flags: str) -> argparse.Namespace:
-    from distillation.commands.flags import parse_arguments
+    from distillation.commands.settings import parse_arguments
 
     return parse_arguments(["--streaming", "--dataset_name", "x.jsonl", *flags])
 

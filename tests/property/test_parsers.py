@@ -18,7 +18,7 @@ from cleangpt.integrity import is_as_sealed, parse_json_object, sealed
 from cleangpt.manifest import read_manifest
 from cleangpt.run_directory import RunDirectory
 from cleangpt.safe_text import clean_line, clean_text
-from distillation.commands.flags import parse_arguments
+from distillation.commands.settings import parse_arguments
 from distillation.layer_map import LAYER_MAPS, choose_blocks, choose_layer_map
 
 few = settings(

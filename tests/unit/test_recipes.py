@@ -6,7 +6,8 @@ import logging
 import pytest
 
 from distillation import DistillationTrainer
-from distillation.commands.flags import build_parser, parse_arguments
+from distillation.commands.flags import build_parser
+from distillation.commands.settings import parse_arguments
 from distillation.config import LoopOptions
 from distillation.recipes import RECIPES
 

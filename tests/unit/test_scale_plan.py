@@ -13,8 +13,8 @@ from cleangpt.blocks import BlockStack
 from cleangpt.errors import CleanGPTError
 from cleangpt.runtime.ranks import Ranks
 from distillation.accelerators import ACCELERATORS, Accelerator, Cluster
-from distillation.commands.flags import parse_arguments
 from distillation.commands.scale import PLAN_DEVICES, check_scale_flags, plan_for_cluster
+from distillation.commands.settings import parse_arguments
 from distillation.plan import Workload, block_flops, parameters
 from distillation.scale_advice import advice
 from distillation.scale_plan import ScalePlan, device_costs, plan_at_scale
