@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from cleangpt.errors import EnvironmentProblem
 
 fcntl: Any
@@ -45,6 +47,22 @@ def locked(folder: Path) -> Iterator[None]:
             yield
         finally:
             _held.remove(file)
+
+
+def holder_lives(folder: Path) -> bool | None:
+    """Whether the process that last held the folder is there; None if that cannot be told.
+
+    The lock itself is not touched: a look must not keep a run out.
+    """
+    try:
+        words = (folder / ".lock").read_text(encoding="utf-8").split()
+    except (OSError, ValueError):
+        return None
+    if fcntl is None or len(words) != 4 or not words[1].isdecimal():
+        return None
+    if words[3] != os.uname().nodename:
+        return None
+    return psutil.pid_exists(int(words[1]))
 
 
 def _let_go() -> None:

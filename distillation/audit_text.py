@@ -41,8 +41,8 @@ def _row(level: dict[str, Any], widths: Sequence[int], d_student: int) -> tuple[
         _number(level["first_position_ratio"], ".3g"),
         _number(level["largest_channel_share"], ".1%"),
         _number(level["effective_rank"], ".1f"),
-        f"{_at_width(widths, level['rank_floor'], d_student):.4f}",
-        f"{_at_width(widths, level['raw_rank_floor'], d_student):.4f}",
+        f"{floor_at_width(widths, level['rank_floor'], d_student):.4f}",
+        f"{floor_at_width(widths, level['raw_rank_floor'], d_student):.4f}",
         _named(level["massive_channels"]),
     )
 
@@ -51,7 +51,7 @@ def _number(value: float | None, spec: str) -> str:
     return "-" if value is None else format(value, spec)
 
 
-def _at_width(widths: Sequence[int], floors: Sequence[float], width: int) -> float:
+def floor_at_width(widths: Sequence[int], floors: Sequence[float], width: int) -> float:
     """The floor at a width; before the first listed one lies width 0 with a floor of 1."""
     below, at_below = 0, 1.0
     for above, at_above in zip(widths, floors, strict=True):

@@ -117,6 +117,7 @@ class DistillationTrainer:
         self.resume = resume
         self.keep_start = keep_start
         self.show_progress = show_progress
+        self._planned: dict[str, Any] | None = None
         models = (teacher_model, student_model, tokenizer, train_dataloader)
         shared: dict[str, Any] = {
             "device": device,
@@ -217,7 +218,7 @@ class DistillationTrainer:
         """
         backbone = self.backbone_trainer
         epochs = spread("epochs_per_block", epochs_per_block, backbone.student.num_blocks)
-        return plan_training(
+        planned = plan_training(
             backbone,
             [
                 int(str(own)) if block in backbone.learning_blocks else 0
@@ -226,6 +227,8 @@ class DistillationTrainer:
             lm_head_epochs if train_lm_head else None,
             polish_epochs,
         )
+        self._planned = planned.summary()
+        return planned
 
     def _run_stages(
         self,
@@ -268,7 +271,7 @@ class DistillationTrainer:
                 self.run.path / "checkpoints", self.run.run_id, writes=self.run.writes
             )
             goes_on = journal.open(checkpoints, self.run.metrics, resume=self.resume)
-            self.run.note(total_steps=self._total_steps(own))
+            self.run.note(total_steps=self._total_steps(own), planned=self._planned)
             self._write_start(settings, fill, goes_on)
             self._prepare(journal, goes_on)
             if config.overfit_gate and not goes_on:

@@ -7,6 +7,7 @@ counted as operations, with two per multiply-add; causal attention reads half of
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -140,6 +141,18 @@ class RunPlan:
         """The time of one stage with as many states kept as there is room for."""
         kept, streamed = stage.seconds
         return self.kept_share * kept + (1 - self.kept_share) * streamed
+
+    def summary(self) -> dict[str, Any]:
+        """What the manifest of the run keeps, to be held against what it took."""
+        return {
+            "seconds": self.seconds,
+            "memory_bytes": self.memory_bytes,
+            "disk_bytes": self.disk_bytes,
+            "stages": [
+                {"stage": stage.name, "steps": stage.steps, "seconds": self.seconds_of(stage)}
+                for stage in self.stages
+            ],
+        }
 
     def table(self) -> str:
         """All of it as text."""

@@ -1,6 +1,6 @@
 """Evaluation of a distilled student: does it behave like its teacher, and what does it cost?
 
-The rest of ``distillation`` never imports this package, and importing it is cheap: torch,
+Of the rest of ``distillation`` only ``report`` imports this package. Importing it is cheap: torch,
 matplotlib and ``datasets`` are loaded only by what needs them. Read ``results.py`` first (what is
 measured, key by key), then ``evaluator.py`` (how it is put together).
 """

@@ -23,6 +23,7 @@ from distillation.evaluation.hidden_states import (
 from distillation.evaluation.hybrids import can_be_mixed, score_hybrids
 from distillation.evaluation.results import HiddenResult
 from distillation.evaluation.scoring_windows import Window, plan_windows, window_batches
+from distillation.evaluation.similarity import block_similarity, spread_windows
 from distillation.layer_map import uniform_layer_map
 from stitching_layers import StitchingLayers
 
@@ -44,7 +45,11 @@ def compare_hidden_states(
     chosen_map = _choose_layer_map(student, teacher, stitches, layer_map, notes)
     windows = plan_windows(len(token_ids), seq_len, seq_len)
     result = _compare(student, teacher, token_ids, windows, batch_size, stitches, chosen_map, notes)
-    if result is not None and can_be_mixed(student, teacher):
+    if result is None:
+        return None
+    chosen = window_batches(token_ids, spread_windows(windows), batch_size)
+    result["similarity"] = block_similarity(student, teacher, chosen)
+    if can_be_mixed(student, teacher):
         batches = window_batches(token_ids, windows, batch_size)
         result["hybrids"] = score_hybrids(student, teacher, chosen_map, batches)
     return result
@@ -95,7 +100,9 @@ def _measure(
     stitches: Sequence[Stitch],
 ) -> HiddenResult:
     blocks, num_positions = measure_blocks(pairs, layer_map, stitches)
-    return HiddenResult(stitch=kind, num_positions=num_positions, blocks=blocks, hybrids=[])
+    return HiddenResult(
+        stitch=kind, num_positions=num_positions, blocks=blocks, hybrids=[], similarity=None
+    )
 
 
 def _choose_layer_map(

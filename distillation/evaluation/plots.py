@@ -9,26 +9,14 @@ import importlib.util
 import io
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from cleangpt.safe_text import clean_line
 from distillation.evaluation.results import EvaluationResult
 from distillation.evaluation.tables import format_number
 
-
-@dataclass(frozen=True)
-class Theme:
-    """Colours of a picture. The background is opaque, or "none" to show the page's."""
-
-    text: str
-    grid: str
-    background: str
-    bars: tuple[str, str, str]  # teacher, student, baselines
-
-
-LIGHT = Theme("#1c2430", "#d5dae2", "#ffffff", ("#8a94a6", "#2563eb", "#c08a3e"))
-DARK = Theme("#e4e8ef", "#3a4352", "none", ("#8f9bb0", "#6ea0ff", "#d9a860"))
+TEXT, GRID = "#1c2430", "#d5dae2"
+BARS = ("#8a94a6", "#2563eb", "#c08a3e")  # teacher, student, baselines
 _ROLES = ("teacher", "student", "baseline")
 
 
@@ -37,26 +25,25 @@ def matplotlib_available() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def draw_plots(result: EvaluationResult, theme: Theme = LIGHT) -> dict[str, bytes]:
+def draw_plots(result: EvaluationResult) -> dict[str, bytes]:
     """Return file name to PNG, for every picture there are numbers for.
 
     Raises:
         ImportError: If matplotlib is not installed.
     """
     height = 1.1 + 0.5 * len(result["models"])
-    plots = {"models.png": _png(_draw_models, result, theme, (6.4, height))}
+    plots = {"models.png": _png(_draw_models, result, (6.4, height))}
     if result["hidden_states"] is not None:
-        plots["layer_mse.png"] = _png(_draw_layer_mse, result, theme, (6.4, 3.2))
-        plots["relative_error.png"] = _png(_draw_relative_error, result, theme, (6.4, 3.2))
+        plots["layer_mse.png"] = _png(_draw_layer_mse, result, (6.4, 3.2))
+        plots["relative_error.png"] = _png(_draw_relative_error, result, (6.4, 3.2))
         if result["hidden_states"]["hybrids"]:
-            plots["hybrids.png"] = _png(_draw_hybrids, result, theme, (6.4, 3.2))
+            plots["hybrids.png"] = _png(_draw_hybrids, result, (6.4, 3.2))
     return plots
 
 
 def _png(
-    draw: Callable[[Any, EvaluationResult, Theme], None],
+    draw: Callable[[Any, EvaluationResult], None],
     result: EvaluationResult,
-    theme: Theme,
     inches: tuple[float, float],
 ) -> bytes:
     from matplotlib import rc_context
@@ -64,46 +51,45 @@ def _png(
     from matplotlib.figure import Figure
 
     with rc_context({"text.parse_math": False, "font.size": 11}):
-        figure = Figure(figsize=inches, dpi=160, layout="constrained", facecolor=theme.background)
+        figure = Figure(figsize=inches, dpi=160, layout="constrained", facecolor="white")
         FigureCanvasAgg(figure)
-        draw(figure, result, theme)
+        draw(figure, result)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
 
 
-def _style(axes: Any, theme: Theme, title: str, grid_axis: str) -> None:
-    axes.set_title(title, color=theme.text, fontsize=11, loc="left")
+def _style(axes: Any, title: str, grid_axis: str) -> None:
+    axes.set_title(title, color=TEXT, fontsize=11, loc="left")
     axes.set_facecolor("none")
-    axes.tick_params(which="both", colors=theme.text, length=0)
-    axes.grid(axis=grid_axis, color=theme.grid, linewidth=0.8)
+    axes.tick_params(which="both", colors=TEXT, length=0)
+    axes.grid(axis=grid_axis, color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    axes.xaxis.label.set_color(theme.text)
-    axes.yaxis.label.set_color(theme.text)
+    axes.xaxis.label.set_color(TEXT)
+    axes.yaxis.label.set_color(TEXT)
 
 
-def _draw_models(figure: Any, result: EvaluationResult, theme: Theme) -> None:
+def _draw_models(figure: Any, result: EvaluationResult) -> None:
     """Size and perplexity of every model, side by side."""
     models = result["models"]
     names = [clean_line(model["name"], 26) for model in models]
-    colours = [theme.bars[_ROLES.index(model["role"])] for model in models]
+    colours = [BARS[_ROLES.index(model["role"])] for model in models]
     left, right = figure.subplots(1, 2, sharey=True)
     sizes = [float(model["size"]["parameters"]) for model in models]
     unit, suffix = (1e6, "M") if max(sizes) >= 1e6 else (1e3, "k")
     scaled = [size / unit for size in sizes]
-    _horizontal_bars(left, theme, names, scaled, colours, f"{{:.3g}}{suffix}")
-    _style(left, theme, f"Parameters ({suffix})", "x")
+    _horizontal_bars(left, names, scaled, colours, f"{{:.3g}}{suffix}")
+    _style(left, f"Parameters ({suffix})", "x")
     perplexities = [model["quality"]["perplexity"] for model in models]
-    _horizontal_bars(right, theme, names, perplexities, colours, "{:,.4g}")
-    _style(right, theme, "Perplexity (lower is better)", "x")
+    _horizontal_bars(right, names, perplexities, colours, "{:,.4g}")
+    _style(right, "Perplexity (lower is better)", "x")
     left.invert_yaxis()
 
 
 def _horizontal_bars(
     axes: Any,
-    theme: Theme,
     names: Sequence[str],
     values: Sequence[float],
     colours: Sequence[str],
@@ -131,7 +117,7 @@ def _horizontal_bars(
             xytext=(4, 0),
             textcoords="offset points",
             va="center",
-            color=theme.text,
+            color=TEXT,
         )
 
 
@@ -156,7 +142,7 @@ def _block_labels(result: EvaluationResult) -> list[str]:
     return [f"{block['student_block']}\u2192{block['teacher_block']}" for block in blocks]
 
 
-def _draw_layer_mse(figure: Any, result: EvaluationResult, theme: Theme) -> None:
+def _draw_layer_mse(figure: Any, result: EvaluationResult) -> None:
     """Mean squared error of every block; logarithmic where the teacher's scale grows with depth."""
     axes = figure.subplots()
     assert result["hidden_states"] is not None, "draw_plots checks this"
@@ -170,50 +156,50 @@ def _draw_layer_mse(figure: Any, result: EvaluationResult, theme: Theme) -> None
         title += " (log scale)"
     else:
         axes.set_ylim(0, max(finite, default=0.0) * 1.15 or 1.0)
-    _vertical_bars(axes, theme, _block_labels(result), values)
-    _style(axes, theme, title, "y")
+    _vertical_bars(axes, _block_labels(result), values)
+    _style(axes, title, "y")
     axes.set_ylabel("MSE per channel")
 
 
-def _draw_relative_error(figure: Any, result: EvaluationResult, theme: Theme) -> None:
+def _draw_relative_error(figure: Any, result: EvaluationResult) -> None:
     """Relative error of every block against the mean predictor."""
     axes = figure.subplots()
     assert result["hidden_states"] is not None, "draw_plots checks this"
     values = [block["relative_error"] for block in result["hidden_states"]["blocks"]]
     finite = [value for value in values if math.isfinite(value)]
     axes.set_ylim(0, max([1.12, *(value * 1.15 for value in finite)]))
-    _vertical_bars(axes, theme, _block_labels(result), values)
-    _style(axes, theme, "Relative error per block (0 = perfect, dashed = mean predictor)", "y")
-    axes.axhline(1.0, color=theme.text, linewidth=1, linestyle="--")
+    _vertical_bars(axes, _block_labels(result), values)
+    _style(axes, "Relative error per block (0 = perfect, dashed = mean predictor)", "y")
+    axes.axhline(1.0, color=TEXT, linewidth=1, linestyle="--")
     axes.set_ylabel("relative error")
 
 
-def _draw_hybrids(figure: Any, result: EvaluationResult, theme: Theme) -> None:
+def _draw_hybrids(figure: Any, result: EvaluationResult) -> None:
     """What student blocks cost inside the teacher."""
     axes = figure.subplots()
     assert result["hidden_states"] is not None, "draw_plots checks this"
     hybrids = result["hidden_states"]["hybrids"]
     positions = range(len(hybrids))
     for color, label, values in (
-        (theme.bars[1], "this block alone", [hybrid["kl_alone"] for hybrid in hybrids]),
-        (theme.bars[2], "all up to this block", [hybrid["kl_chained"] for hybrid in hybrids]),
+        (BARS[1], "this block alone", [hybrid["kl_alone"] for hybrid in hybrids]),
+        (BARS[2], "all up to this block", [hybrid["kl_chained"] for hybrid in hybrids]),
     ):
         axes.plot(positions, values, marker="o", color=color, label=label)
     axes.set_ylim(bottom=0)
     every = 1 + len(hybrids) // 20
     axes.set_xticks(positions[::every], _block_labels(result)[::every])
-    _style(axes, theme, "The teacher with student blocks put in", "y")
+    _style(axes, "The teacher with student blocks put in", "y")
     axes.set_xlabel("student block")
     axes.set_ylabel("KL to the teacher (nats)")
-    axes.legend(frameon=False, labelcolor=theme.text)
+    axes.legend(frameon=False, labelcolor=TEXT)
 
 
-def _vertical_bars(axes: Any, theme: Theme, labels: Sequence[str], values: Sequence[float]) -> None:
+def _vertical_bars(axes: Any, labels: Sequence[str], values: Sequence[float]) -> None:
     positions = list(range(len(labels)))
     axes.bar(
         positions,
         [value if math.isfinite(value) else math.nan for value in values],
-        color=theme.bars[1],
+        color=BARS[1],
         width=0.65,
     )
     axes.set_xlim(-0.6, len(labels) - 0.4)
@@ -230,6 +216,6 @@ def _vertical_bars(axes: Any, theme: Theme, labels: Sequence[str], values: Seque
             xytext=(0, 2),
             textcoords="offset points",
             ha="center",
-            color=theme.text,
+            color=TEXT,
             fontsize=9,
         )

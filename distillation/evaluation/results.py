@@ -5,6 +5,7 @@
 for a missing measurement. This file computes nothing; ``evaluator.py`` fills it in.
 """
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
@@ -172,12 +173,15 @@ class HiddenResult(TypedDict):
         num_positions: Positions measured.
         blocks: One entry per student block.
         hybrids: One entry per student block; none where states of the two models differ in width.
+        similarity: Linear CKA of every student block (rows) with every teacher block (columns),
+            0 to 1; null where there is too little text. See ``similarity.py``.
     """
 
     stitch: Literal["saved", "identity", "least_squares"]
     num_positions: int
     blocks: list[BlockError]
     hybrids: list[HybridResult]
+    similarity: list[list[float]] | None
 
 
 class Generation(TypedDict):
@@ -280,3 +284,15 @@ def without_non_finite(value: object) -> object:
     if isinstance(value, list | tuple):
         return [without_non_finite(child) for child in value]
     return value
+
+
+def with_non_finite(content: dict[str, Any]) -> dict[str, Any]:
+    """Return what ``results.json`` holds with NaN and infinities at the places it lists."""
+    whole: dict[str, Any] = copy.deepcopy(content)
+    for path, value in whole["non_finite"].items():
+        *parents, last = path.split(".")
+        place: Any = whole
+        for name in parents:
+            place = place[int(name)] if isinstance(place, list) else place[name]
+        place[int(last) if isinstance(place, list) else last] = float(value)
+    return whole

@@ -24,6 +24,7 @@ from cleangpt.metrics_log import RunProgress
 from cleangpt.run_directory import RunDirectory
 from cleangpt.runtime.device import resolve_device, seed_generators
 from cleangpt.runtime.fused_gelu import fused_gelu
+from cleangpt.runtime.invocation import command_line
 from cleangpt.runtime.module_state import preserved_modes, tensors_fingerprint
 from cleangpt.runtime.placement import to_device
 from cleangpt.runtime.precision import choose_precision
@@ -118,6 +119,7 @@ class BaseDistillationTrainer:
         """What the manifest says of this run."""
         dataset = getattr(self.train_dataloader, "dataset", None)
         return {
+            "command": command_line(),
             "seed": self.config.seed,
             "device": str(self.device),
             "torch_version": torch.__version__,

@@ -52,6 +52,7 @@ MAY_PRINT = (
     "cleangpt/builtin/train.py",
     "distillation/commands/",
     "distillation/evaluation/evaluate_distilled_model.py",
+    "distillation/report/__main__.py",
 )
 GRAB_BAGS = {"util", "utils", "helper", "helpers", "common", "misc", "tools", "stuff"}
 GRAB_BAGS_OF_THE_TUTORIAL = {"distillation/utils"}

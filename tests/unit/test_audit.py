@@ -238,9 +238,11 @@ def test_the_report_shows_the_audit_of_the_run(
     from distillation.evaluation import plots
     from distillation.evaluation.report import write_report
     from tests.evaluation_samples import evaluated
+    from tests.report_samples import write_run
 
     monkeypatch.setattr(plots, "matplotlib_available", lambda: False)  # drawing takes seconds
-    written_run(tmp_path / "run")
+    audit = {**audited(with_giant()).to_json(), "student_width": 9}
+    write_run(tmp_path / "run", audit=audit)
     result = evaluated()
     paths = write_report(result, tmp_path / "with", run_dir=tmp_path / "run")
     for name in ("report.md", "report.html"):
