@@ -65,6 +65,7 @@ def save_student(
             "The disk may be failing; choose an output_dir on another one.",
         )
     logger.info("The student is in %s and, for transformers, in %s.", path, path.parent / "final")
+    logger.info("Its report: python -m distillation.report %s", path.parent)
 
 
 def with_totals(results: dict[str, Any], path: Path, seconds: float) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.watch is not None:
         from distillation.report.watch import watch
 
-        watch(Path(arguments.watch), arguments.interval, sys.stdout)
+        watch(Path(arguments.watch), arguments.interval)
         return
     path = write_page([Path(name) for name in arguments.runs], arguments.output)
     print(f"report: {path}")

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from distillation.evaluation import tables
+from distillation.evaluation.results import ModelResult
 from distillation.report import words
-from distillation.report.figures import LEFT, RIGHT, WIDTH, Figure
+from distillation.report.figures import LEFT, RIGHT, WIDTH, Figure, size_speed_quality
 from distillation.report.page import environment
 from distillation.report.run_files import Curve, Run, group, is_count, number, read_run, shown
 from distillation.report.svg import Chart, Scale, scale_for
@@ -35,6 +36,8 @@ MANIFEST_SETTINGS = (
     "student",
     "data",
 )
+UNTOLD = ("config", "reason")
+"""What follows from other settings."""
 COLOURS = 6
 
 
@@ -59,7 +62,7 @@ def comparison_page(paths: Sequence[Path]) -> str:
             if run.evaluation is None
         ],
         "notes": _notes(runs, names),
-        "figures": [figure for figure in (_error_figure(runs, names),) if figure],
+        "figures": [f for f in (_models_figure(runs, names), _error_figure(runs, names)) if f],
         "curves": _overlaid(runs, names),
         "differences": differences(runs),
     }
@@ -139,10 +142,25 @@ def _settings(run: Run) -> dict[str, Any]:
     for key in MANIFEST_SETTINGS:
         value = run.manifest.get(key)
         parts = value.items() if isinstance(value, dict) else [("", value)]
-        flat |= {f"{key} {name}".strip(): part for name, part in parts if name != "config"}
+        flat |= {f"{key} {name}".strip(): part for name, part in parts if name not in UNTOLD}
     student = group(run.manifest.get("student_config"))
     flat |= {f"student {name}": value for name, value in student.items()}
     return {**run.settings, **flat}
+
+
+def _models_figure(runs: Sequence[Run], names: Sequence[str]) -> Figure | None:
+    """The students of all evaluated runs, and the teacher of the first."""
+    models: list[ModelResult] = []
+    marks = []
+    for index, (run, name) in enumerate(zip(runs, names, strict=True)):
+        if run.evaluation is None:
+            continue
+        teacher, student = run.evaluation["models"][:2]
+        if not models:
+            models, marks = [teacher], ["teacher"]
+        models.append({**student, "name": name})
+        marks.append(f"run-{index % COLOURS}")
+    return size_speed_quality(models, marks)
 
 
 def _error_figure(runs: Sequence[Run], names: Sequence[str]) -> Figure | None:
@@ -221,9 +239,9 @@ def _overlay(stage: str, runs: Sequence[Run], names: Sequence[str]) -> Figure | 
 
 
 def _points(curve: Curve) -> list[tuple[float, float]]:
-    """Logged steps, or the means of epochs where steps are few."""
+    """Logged steps, or the means of epochs where those steps are too few to show a course."""
     steps = [(float(step), loss) for step, loss in curve.steps if math.isfinite(loss)]
-    if len(steps) >= 3 or not curve.epochs:
+    if len(steps) >= 3 or len(curve.epochs) < 2:
         return steps
     total = number(curve.row.get("steps"))
     each = (total if math.isfinite(total) else len(curve.epochs)) / len(curve.epochs)

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cleangpt.metrics_log import format_seconds
-from distillation.evaluation.results import EvaluationResult
+from distillation.evaluation.results import ModelResult
 from distillation.report.run_files import Curve, Run, group, groups, number
 from distillation.report.svg import CHARACTER_WIDTH, Chart, Number, Scale, scale_for, short_number
 
 WIDTH = 400.0
 LEFT, RIGHT = 46.0, 388.0
+Box = tuple[Number, Number, Number, Number]
 
 
 @dataclass(frozen=True)
@@ -30,34 +31,46 @@ class Figure:
     legend: tuple[tuple[str, str], ...] = ()
 
 
-def size_speed_quality(result: EvaluationResult) -> Figure | None:
-    """Size across, perplexity upwards, speed as area, for every model."""
-    models = [m for m in result["models"] if math.isfinite(m["quality"]["perplexity"])]
-    if not models:
+def size_speed_quality(models: Sequence[ModelResult], marks: Sequence[str]) -> Figure | None:
+    """Size across, perplexity upwards, speed as area.
+
+    Args:
+        models: What to show; those whose perplexity is not finite are left out.
+        marks: Their classes in the style.
+    """
+    shown = [
+        (model, mark)
+        for model, mark in zip(models, marks, strict=True)
+        if math.isfinite(model["quality"]["perplexity"])
+    ]
+    if not shown:
         return None
     height, bottom = 270.0, 226.0
     chart = Chart("Size, speed and quality of every model", WIDTH, height)
-    sizes = [float(model["size"]["parameters"]) for model in models]
-    x = _log_scale(sizes, LEFT + 34, RIGHT - 44, 1.25)
-    y = _log_scale([model["quality"]["perplexity"] for model in models], bottom - 26, 34, 1.15)
+    x = _log_scale([m["size"]["parameters"] for m, _ in shown], LEFT + 34, RIGHT - 44)
+    y = _log_scale([m["quality"]["perplexity"] for m, _ in shown], bottom - 26, 36)
     chart.y_axis(y, LEFT, RIGHT)
     chart.x_axis(x, 14, bottom, count=3)
     chart.text((LEFT + RIGHT) / 2, height - 8, "stored parameters", "axis mid")
     chart.text(0, 9, "perplexity (lower is better)", "axis")
-    speeds = [
-        number(m["speed"]["forward_tokens_per_second"]) if m["speed"] else math.nan for m in models
-    ]
+    told = [model["speed"] for model, _ in shown]
+    speeds = [number(s["forward_tokens_per_second"]) if s else math.nan for s in told]
     fastest = max((speed for speed in speeds if speed > 0), default=1.0)
-    for model, size, speed in zip(models, sizes, speeds, strict=True):
-        radius = 4 + 18 * math.sqrt(speed / fastest) if speed > 0 else 6.0
-        place = x(size), y(model["quality"]["perplexity"])
-        quality = f"perplexity {model['quality']['perplexity']:,.2f}, {size:,.0f} parameters"
-        told = f", {speed:,.0f} tokens/s" if speed > 0 else ""
-        hint = f"{model['name']}: {quality}{told}"
-        chart.add("circle", f"bubble {model['role']}", hint, cx=place[0], cy=place[1], r=radius)
-        _beside(chart, model["name"], place, radius)
+    taken: list[Box] = []
+    labels: list[tuple[str, float, float, float]] = []
+    for (model, mark), speed in zip(shown, speeds, strict=True):
+        radius = 4 + 16 * math.sqrt(speed / fastest) if speed > 0 else 6.0
+        at_x, at_y = x(model["size"]["parameters"]), y(model["quality"]["perplexity"])
+        size, perplexity = model["size"]["parameters"], model["quality"]["perplexity"]
+        fast = f", {speed:,.0f} tokens/s" if speed > 0 else ""
+        hint = f"{model['name']}: perplexity {perplexity:,.2f}, {size:,} parameters{fast}"
+        chart.add("circle", f"bubble {mark}", hint, cx=at_x, cy=at_y, r=radius)
+        taken.append((at_x - radius, at_y - radius, at_x + radius, at_y + radius))
+        labels.append((model["name"], at_x, at_y, radius))
+    for name, at_x, at_y, radius in labels:
+        _label(chart, name, (at_x, at_y, radius), taken)
     measured = any(speed > 0 for speed in speeds)
-    area = " The area of a circle is the speed in tokens/s." if measured else ""
+    area = " The area of a circle grows with the speed in tokens/s." if measured else ""
     return Figure(
         "Size, speed and quality",
         f"Towards the lower left is smaller and better; both axes are logarithmic.{area}",
@@ -65,19 +78,39 @@ def size_speed_quality(result: EvaluationResult) -> Figure | None:
     )
 
 
-def _log_scale(values: Sequence[Number], start: Number, end: Number, room: float) -> Scale:
+def _log_scale(values: Sequence[Number], start: Number, end: Number) -> Scale:
+    room = 1.1 * (max(values) / min(values)) ** 0.05
     return Scale(min(values) / room, max(values) * room, start, end, is_log=True)
 
 
-def _beside(chart: Chart, name: str, place: tuple[Number, Number], radius: Number) -> None:
-    """A label to the right of a mark, or above it where there is no room."""
-    words = name if len(name) <= 26 else f"{name[:25]}\N{HORIZONTAL ELLIPSIS}"
-    if place[0] + radius + 5 + CHARACTER_WIDTH * len(words) < WIDTH:
-        chart.text(place[0] + radius + 5, place[1] + 4, words, "label")
-    elif place[0] - radius - 5 - CHARACTER_WIDTH * len(words) > LEFT:
-        chart.text(place[0] - radius - 5, place[1] + 4, words, "label end")
-    else:
-        chart.text(WIDTH - 4, place[1] - radius - 5, words, "label end")
+def _label(
+    chart: Chart, name: str, circle: tuple[Number, Number, Number], taken: list[Box]
+) -> None:
+    """Write a name beside its circle, at the first side where it covers nothing."""
+    words = name if len(name) <= 25 else f"{name[:24]}\N{HORIZONTAL ELLIPSIS}"
+    (x, y, radius), long = circle, CHARACTER_WIDTH * len(words)
+    places = [
+        (x + radius + 5, y + 4, "", x + radius + 5),
+        (x - radius - 5, y + 4, " end", x - radius - 5 - long),
+        (x, y - radius - 5, " mid", x - long / 2),
+        (x, y + radius + 14, " mid", x - long / 2),
+        (WIDTH - 4, y - radius - 5, " end", WIDTH - 4 - long),
+        (LEFT + 2, y + radius + 14, "", LEFT + 2),
+    ]
+    boxes = [(begin, base - 11, begin + long, base + 3) for _, base, _, begin in places]
+    free = [
+        index
+        for index, box in enumerate(boxes)
+        if box[0] > LEFT and box[2] < WIDTH and not any(_meet(box, other) for other in taken)
+    ]
+    best = free[0] if free else len(places) - 1
+    taken.append(boxes[best])
+    chart.text(places[best][0], places[best][1], words, f"label{places[best][2]}")
+
+
+def _meet(one: Box, other: Box) -> bool:
+    across = min(one[2], other[2]) > max(one[0], other[0])
+    return across and min(one[3], other[3]) > max(one[1], other[1])
 
 
 def training_curves(run: Run) -> list[Figure]:

@@ -149,14 +149,15 @@ def _model_values(result: EvaluationResult | None) -> dict[str, Any]:
     if result is None:
         return {"data_sentence": "", "model_tables": [], "model_figures": [], "roles": []}
     data = result["data"]
-    figure = figures.size_speed_quality(result)
+    roles = [model["role"] for model in result["models"]]
+    figure = figures.size_speed_quality(result["models"], roles)
     return {
         "data_sentence": data_sentence(result, f"{data['name'] or 'given'} ({data['split']})"),
         "model_tables": [
             (tables.MODEL_COLUMNS, tables.model_rows(result)),
             tables.detail_table(result),
         ],
-        "roles": [model["role"] for model in result["models"]],
+        "roles": roles,
         "model_figures": [figure] if figure else [],
         "generation_settings": json.dumps(result["generation_settings"]),
         "student_name": result["models"][1]["name"],

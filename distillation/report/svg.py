@@ -13,8 +13,8 @@ from xml.etree import ElementTree as ET
 from cleangpt.safe_text import clean_line
 
 Number = int | float
-CHARACTER_WIDTH = 6.1
-"""Of a character at the 11 units of the style, on average; to reserve room for labels."""
+CHARACTER_WIDTH = 7.4
+"""Of a character at the size a phone gets, on average; to reserve room for labels."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,8 @@ def _round_step(rough: Number) -> float:
 
 def _log_ticks(low: Number, high: Number, count: int) -> list[float]:
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    if high / low < 6:  # too short for decades
+        return Scale(low, high, 0, 1).ticks(count)
     factors = (1,) if last - first > 3 else (1, 3) if last - first > 2 else (1, 2, 5)
     found = [factor * 10.0**power for power in range(first, last + 1) for factor in factors]
     inside = [value for value in found if low <= value <= high]

@@ -8,9 +8,9 @@ the run does.
 import itertools
 import math
 import shutil
+import sys
 import time
 from pathlib import Path
-from typing import TextIO
 
 from cleangpt.errors import InputError
 from cleangpt.metrics_log import format_seconds
@@ -25,13 +25,12 @@ STALE_SECONDS = 300.0
 """How long a run may write nothing before that is said."""
 
 
-def watch(run_dir: Path, interval: float, out: TextIO) -> None:
+def watch(run_dir: Path, interval: float) -> None:
     """Show the run until it ends.
 
     Args:
         run_dir: Its directory; a run that has not begun there is waited for.
         interval: Seconds between two looks.
-        out: Where to write; drawn over if it is a terminal.
 
     Raises:
         InputError: If there is no such folder.
@@ -41,7 +40,7 @@ def watch(run_dir: Path, interval: float, out: TextIO) -> None:
             f"{run_dir} is not a folder, so there is no run to follow.",
             "Name what --output_dir of the training names.",
         )
-    view = View(out)
+    view = View()
     while not is_run(run_dir):
         view.show([f"{clean_line(str(run_dir))}: waiting for a run to begin"])
         time.sleep(interval)
@@ -77,10 +76,10 @@ class Meter:
 
 
 class View:
-    """Lines on a terminal that are drawn over, or a line per look anywhere else."""
+    """Lines on standard output: drawn over on a terminal, a line per look anywhere else."""
 
-    def __init__(self, out: TextIO) -> None:
-        self._out = out
+    def __init__(self) -> None:
+        self._out = out = sys.stdout
         self._drawn = 0
         self._last = ""
         self.is_terminal = out.isatty()
