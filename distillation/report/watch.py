@@ -14,8 +14,17 @@ from pathlib import Path
 
 from cleangpt.errors import InputError
 from cleangpt.metrics_log import format_seconds
-from cleangpt.safe_text import clean_line
-from distillation.report.run_files import Curve, Run, group, is_count, is_run, number, read_run
+from cleangpt.safe_text import clean_line, clean_message
+from distillation.report.run_files import (
+    Curve,
+    Run,
+    group,
+    is_count,
+    is_run,
+    number,
+    numbers,
+    read_run,
+)
 from distillation.report.svg import short_number
 
 SPARKS = "".join(chr(0x2581 + index) for index in range(8))
@@ -113,7 +122,7 @@ def lines_of(run: Run, meter: Meter, width: int, sparks: str = SPARKS) -> list[s
         width: Columns of the terminal.
         sparks: Characters of a rising line.
     """
-    done, total = steps_done(run), number(run.manifest.get("total_steps"))
+    done, total = steps_done(run), steps_in_all(run)
     rate = meter.take(done)
     share = f"{done:,}/{total:,.0f} steps" if math.isfinite(total) else f"{done:,} steps"
     parts = [run.name, run.status, share]
@@ -128,6 +137,8 @@ def lines_of(run: Run, meter: Meter, width: int, sparks: str = SPARKS) -> list[s
             parts.append(f"{rate:.2f} steps/s")
             if math.isfinite(total):
                 parts.append(f"ETA {format_seconds((total - done) / rate)}")
+    else:
+        parts.append("between stages" if run.curves else "starting")
     if run.status == RUNNING and meter.silent_for() > STALE_SECONDS:
         parts.append(f"nothing new for {format_seconds(meter.silent_for())}")
     lines = [clean_line(", ".join(parts), 400)]
@@ -140,12 +151,27 @@ def lines_of(run: Run, meter: Meter, width: int, sparks: str = SPARKS) -> list[s
 
 
 def steps_done(run: Run) -> int:
-    """Steps of all stages, counted as ``total_steps`` counts them."""
-    schedule = run.settings.get("schedule")
+    """Steps of all stages; of blocks that learn together, those of one."""
     blocks = [_steps(curve) for curve in run.curves if curve.stage.startswith("block-")]
     others = sum(_steps(curve) for curve in run.curves if not curve.stage.startswith("block-"))
-    counted = {"parallel_local": max([0, *blocks]), "decoupled": 0}.get(str(schedule), sum(blocks))
-    return counted + others
+    together = run.settings.get("schedule") == "parallel_local"
+    return others + (max([0, *blocks]) if together else sum(blocks))
+
+
+def steps_in_all(run: Run) -> float:
+    """Steps of the whole run; NaN if its files do not tell.
+
+    The run's own total leaves out blocks that learn apart, which are no part of its journal.
+    """
+    total = number(run.manifest.get("total_steps"))
+    if run.settings.get("schedule") != "decoupled":
+        return total
+    config, epochs = group(run.manifest.get("student_config")), run.settings.get("epochs_per_block")
+    blocks = number(config.get("n_layer", config.get("num_hidden_layers")))
+    batches = number(group(run.manifest.get("data")).get("batches"))
+    each = batches / max(1.0, number(run.settings.get("gradient_accumulation_steps")))
+    counted = sum(numbers(epochs)) if isinstance(epochs, list) else blocks * number(epochs)
+    return total + counted * math.ceil(each) if math.isfinite(each) else math.nan
 
 
 def _steps(curve: Curve) -> int:
@@ -173,7 +199,7 @@ def _stage_line(curve: Curve, width: int, sparks: str) -> str:
     line = sparkline(losses, max(8, min(32, width - 60)), sparks)
     mark = "done" if curve.row else "now"
     words = f"{curve.stage:10.10} {mark:4} {_steps(curve):>7,} steps  loss"
-    return clean_line(f"{words} {short_number(curve.newest):>8}", 100) + f"  {line}"
+    return clean_message(f"{words} {short_number(curve.newest):>8}", 100) + f"  {line}"
 
 
 def sparkline(values: list[float], width: int, sparks: str = SPARKS) -> str:

@@ -169,6 +169,10 @@ def tiles(run: Run | None, result: EvaluationResult | None) -> list[tuple[str, s
                 1e-9, number(teacher["speed"]["forward_tokens_per_second"])
             )
             found.append(("speed", f"{times:.2f} x", "the teacher's tokens/s"))
+    elif run is not None:
+        sizes = [group(run.manifest.get(who)).get("parameters") for who in ("student", "teacher")]
+        if all(is_count(size) and size for size in sizes):
+            found.append(("size", f"{sizes[0] / sizes[1]:.1%}", "of the teacher's parameters"))
     if run is not None:
         planned = number(group(run.manifest.get("planned")).get("seconds"))
         note = f"planned {duration(planned)}" if math.isfinite(planned) else "in all"

@@ -4,6 +4,8 @@ import copy
 import html.parser
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from cleangpt.errors import CheckpointError, InputError
 from distillation.report.__main__ import main, write_page
 from distillation.report.page import run_page
 from distillation.report.run_files import read_run
+from tests.contract.source_tree import ROOT
 from tests.report_samples import (
     HOSTILE,
     audit_of,
@@ -279,6 +282,17 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert run_command(main, arguments) == code
         said = capsys.readouterr().err.splitlines()
         assert [line.split(":")[0] for line in said] == ["error", "fix"]
+
+
+def test_it_needs_no_model_and_no_torch(tmp_path: Path) -> None:
+    run = full_run(tmp_path / "r")
+    code = f"""
+import sys
+from distillation.report.__main__ import main
+main([{str(run)!r}])
+assert not {{"torch", "transformers", "datasets", "matplotlib"}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_a_changed_manifest_is_refused(tmp_path: Path) -> None:

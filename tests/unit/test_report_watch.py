@@ -17,7 +17,15 @@ from cleangpt.errors import InputError
 from cleangpt.integrity import sealed
 from cleangpt.run_lock import holder_lives, locked
 from distillation.report.run_files import read_run
-from distillation.report.watch import Meter, View, lines_of, sparkline, steps_done, watch
+from distillation.report.watch import (
+    Meter,
+    View,
+    lines_of,
+    sparkline,
+    steps_done,
+    steps_in_all,
+    watch,
+)
 from tests.contract.source_tree import ROOT
 from tests.report_samples import HOSTILE, manifest_of, stage_row, stage_rows, write_run
 
@@ -54,6 +62,7 @@ def test_a_line_says_stage_step_loss_speed_and_time_left(
         "run, running, 66/100 steps, polish step 6: loss 3, 1,234 tokens/s, 2.00 steps/s, ETA 00:17"
     )
     assert bar.endswith("66%")
+    assert stages[-1].startswith("polish     now        6 steps  loss        3  ")
     assert [line.split()[:2] for line in stages] == [
         ["block-00", "done"], ["block-01", "done"], ["block-02", "done"], ["polish", "now"]
     ]  # fmt: skip
@@ -62,9 +71,15 @@ def test_a_line_says_stage_step_loss_speed_and_time_left(
 
 
 def test_steps_are_counted_as_the_run_counts_them(tmp_path: Path) -> None:
-    for schedule, steps in (("sequential", 66), ("parallel_local", 26), ("decoupled", 6)):
-        run = read_run(going_on(tmp_path / schedule, settings={"schedule": schedule}))
-        assert steps_done(run) == steps
+    more = {"epochs_per_block": 2, "gradient_accumulation_steps": 2}
+    for schedule, steps, total in (
+        ("sequential", 66, 100), ("parallel_local", 26, 100), ("decoupled", 66, 100 + 3 * 2 * 6)
+    ):  # fmt: skip
+        settings = {"schedule": schedule, **more}
+        run = read_run(going_on(tmp_path / schedule, settings=settings, data={"batches": 11}))
+        assert (steps_done(run), steps_in_all(run)) == (steps, total)
+    unknown = going_on(tmp_path / "unknown", settings={"schedule": "decoupled"})
+    assert lines_of(read_run(unknown), Meter(), 80)[0].startswith("unknown, running, 66 steps, ")
 
 
 def test_blocks_that_learn_apart_are_seen(tmp_path: Path) -> None:
