@@ -170,9 +170,11 @@ def tiles(run: Run | None, result: EvaluationResult | None) -> list[tuple[str, s
             )
             found.append(("speed", f"{times:.2f} x", "the teacher's tokens/s"))
     elif run is not None:
-        sizes = [group(run.manifest.get(who)).get("parameters") for who in ("student", "teacher")]
-        if all(is_count(size) and size for size in sizes):
-            found.append(("size", f"{sizes[0] / sizes[1]:.1%}", "of the teacher's parameters"))
+        own, theirs = (
+            number(group(run.manifest.get(who)).get("parameters")) for who in ("student", "teacher")
+        )
+        if own > 0 and theirs > 0:
+            found.append(("size", f"{own / theirs:.1%}", "of the teacher's parameters"))
     if run is not None:
         planned = number(group(run.manifest.get("planned")).get("seconds"))
         note = f"planned {duration(planned)}" if math.isfinite(planned) else "in all"
