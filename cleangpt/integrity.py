@@ -14,6 +14,8 @@ from typing import Any
 from cleangpt.errors import CheckpointError
 
 SUMS_NAME = "SHA256SUMS"
+CARD_NAME = "README.md"
+"""A model's card. It has no checksum: people write in it, and an evaluation adds its figures."""
 SEAL = "sha256"
 """The key of a JSON object under which its checksum stands."""
 _LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
@@ -33,9 +35,10 @@ def file_digest(path: Path) -> str:
 
 
 def write_sums(folder: Path) -> None:
-    """Write ``SHA256SUMS`` of every file in the folder and below it."""
+    """Write ``SHA256SUMS`` of every file in the folder and below it, but for its card."""
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    lines = [f"{file_digest(folder / name)}  {name}\n" for name in names if name != SUMS_NAME]
+    kept_out = (SUMS_NAME, CARD_NAME)
+    lines = [f"{file_digest(folder / name)}  {name}\n" for name in names if name not in kept_out]
     (folder / SUMS_NAME).write_text("".join(lines), encoding="utf-8")
 
 

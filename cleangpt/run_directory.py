@@ -70,6 +70,11 @@ class RunDirectory:
         """Whether a run holds the directory through this object."""
         return bool(self._manifest)
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """What the manifest of the open run says so far."""
+        return dict(self._manifest)
+
     @contextmanager
     def opened(
         self, about: dict[str, Any], *, overwrite: bool = False, resume: bool = False

@@ -20,7 +20,7 @@ from cleangpt.heads import head_is_tied
 from cleangpt.metrics_log import RunProgress
 from cleangpt.run_directory import RunDirectory
 from distillation.config import LoopOptions, PerBlock, StageSettings, by_stage, spread
-from distillation.finished_run import fill_folder, finished_results, save_student, with_totals
+from distillation.finished_run import fill_folder, finish, finished_results, save_student
 from distillation.head_init import tie_lm_head, untie_lm_head
 from distillation.journal import Journal, check_same_settings
 from distillation.logit_stages import HiddenTargets
@@ -283,8 +283,7 @@ class DistillationTrainer:
             results = self._train_stages(backbone, head, polish, head_from_teacher)
             layer_map = self.backbone_trainer.layer_map
             save_student(self.run, self.student_model, fill, layer_map, results)
-            results = with_totals(results, self.run.path, time.perf_counter() - started_at)
-            self.run.note(results=results)
+            results = finish(self.run, results, time.perf_counter() - started_at)
         checkpoints.remove()
         return results
 

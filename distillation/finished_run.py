@@ -16,6 +16,7 @@ from cleangpt.run_directory import RunDirectory
 from cleangpt.runtime.faultpoints import faultpoint
 from distillation.head_init import untie_lm_head
 from distillation.journal import check_same_settings
+from distillation.model_card import saved_student, write_card
 from distillation.utils.checkpoint import load_checkpoint, load_strictly, save_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ def save_student(
     """
     if not run.writes:
         return
+    run.note(saved_student=saved_student(student, layer_map))
     path = save_checkpoint(
         student,
         run.path / FINAL_NAME,
@@ -68,13 +70,17 @@ def save_student(
     logger.info("Its report: python -m distillation.report %s", path.parent)
 
 
-def with_totals(results: dict[str, Any], path: Path, seconds: float) -> dict[str, Any]:
-    """Add to what the stages returned where it is, and what they sum to."""
+def finish(run: RunDirectory, results: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """Add to what the stages returned where it is and what it sums to; write the student's card."""
+    path = run.path
     rows = [*results["blocks"], *(results[k] for k in ("head", "polish") if results[k])]
     results["output_dir"] = str(path)
     results["student_path"] = str(path / FINAL_NAME)
     results["skipped_batches"] = sum(row["skipped"] for row in rows)
     results["seconds"] = seconds
+    run.note(results=results)
+    if run.writes:
+        write_card(path, run.record)
     return results
 
 

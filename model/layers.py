@@ -68,11 +68,12 @@ def _hides_earlier(attention_mask: Tensor | None) -> bool:
     """Whether some real token has padding before it, so that a causal mask alone would be wrong.
 
     Right padding lies after every real token and needs no mask. The values are read only on the
-    CPU: anywhere else it would stop the device's queue, so there a given mask is always built.
+    CPU: anywhere else it would stop the device's queue, and a graph that is exported has none to
+    read; there a given mask is always built.
     """
     if attention_mask is None:
         return False
-    if attention_mask.device.type != "cpu":
+    if attention_mask.device.type != "cpu" or torch.compiler.is_exporting():
         return True
     return bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any())
 

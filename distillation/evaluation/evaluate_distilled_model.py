@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
         ["python", "-m", PROGRAM, *(sys.argv[1:] if argv is None else argv)]
     )
     where = Path(arguments.output_dir or student.run_dir / "evaluation")
-    _finish(result, where, student.run_dir)
+    _finish(result, where, student)
 
 
 def _check_names(arguments: argparse.Namespace) -> None:
@@ -282,20 +282,24 @@ def _add_measurement_flags(parser: CommandParser) -> None:
     add("--seed", type=non_negative_int, default=0, help="of the sampled texts (default: 0)")
 
 
-def _finish(result: "EvaluationResult", output_dir: Path, run_dir: Path) -> None:
+def _finish(result: "EvaluationResult", output_dir: Path, student: "LoadedModel") -> None:
     """Print first: the numbers survive a folder that cannot be written."""
     from cleangpt.safe_text import clean_line
     from distillation.evaluation import tables
+    from distillation.evaluation.card_figures import refresh_card
     from distillation.evaluation.report import write_report
 
     print(tables.text_table(tables.MODEL_COLUMNS, tables.model_rows(result)))
     for note in result["notes"]:
         print(f"note: {clean_line(note, 600)}")
     sys.stdout.flush()
-    paths = write_report(result, output_dir, run_dir=run_dir)
+    paths = write_report(result, output_dir, run_dir=student.run_dir)
     print(f"report: {clean_line(str(paths['report.html']), 2000)}")
     others = ", ".join(name for name in paths if name != "report.html")
     print(f"beside it: {others}")
+    card = refresh_card(result, student.source, student.run_dir)
+    if card is not None:
+        print(f"model card: {clean_line(str(card), 2000)}")
 
 
 def _names(student: "LoadedModel", baselines: "list[LoadedModel]") -> list[str]:

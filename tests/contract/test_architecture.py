@@ -31,6 +31,7 @@ ALLOWED_IMPORTS: tuple[tuple[str, frozenset[str]], ...] = (
     ("cleangpt", frozenset({"cleangpt"})),
     ("distillation.losses", frozenset({"distillation.losses"})),
     ("distillation.evaluation", frozenset({"distillation", "cleangpt", "model", *LEAF_MODULES})),
+    ("distillation.export", frozenset({"distillation", "cleangpt", "model", *LEAF_MODULES})),
     ("distillation.commands", frozenset({"distillation", "cleangpt", "model", *LEAF_MODULES})),
     ("distillation", frozenset({"distillation", "cleangpt", *LEAF_MODULES})),
     ("examples", frozenset(OURS) - {"tests", "benchmarks"}),
@@ -53,6 +54,8 @@ MAY_PRINT = (
     "distillation/commands/",
     "distillation/evaluation/evaluate_distilled_model.py",
     "distillation/report/__main__.py",
+    "distillation/evaluation/lm_eval.py",
+    "distillation/export/command.py",
 )
 GRAB_BAGS = {"util", "utils", "helper", "helpers", "common", "misc", "tools", "stuff"}
 GRAB_BAGS_OF_THE_TUTORIAL = {"distillation/utils"}
