@@ -22,6 +22,17 @@ for path in sorted(home.rglob("*.py")):
     name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
     module = importlib.import_module(name)
     assert pathlib.Path(module.__file__).is_relative_to(home), (name, module.__file__)
+import configparser, contextlib, io
+(entries,) = pathlib.Path(sys.argv[2]).glob("*.dist-info/entry_points.txt")
+parser = configparser.ConfigParser()
+parser.read(entries)
+for name, target in parser["console_scripts"].items():
+    module, _, function = target.partition(":")
+    sys.argv = [name, "--help"]
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        code = getattr(importlib.import_module(module), function)()
+    assert code == 0 and "usage" in shown.getvalue(), (name, code)
+    print("COMMAND", name)
 from cleangpt.teacher import load_teacher
 teacher = load_teacher("builtin")
 print("TEACHER", teacher.name, sum(p.numel() for p in teacher.model.parameters()))
@@ -61,13 +72,14 @@ def test_wheel_holds_our_packages_and_nothing_else(wheel: Path) -> None:
 def test_every_module_imports_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
     home = tmp_path / "installed"
     zipfile.ZipFile(wheel).extractall(home)
+    about = tmp_path / "about"  # beside the packages, Python would believe them installed
     for metadata in home.glob("*.dist-info"):
-        shutil.rmtree(metadata)
+        shutil.move(metadata, about / metadata.name)
     # -S keeps the editable install out; the dependencies come in as a plain folder.
     libraries = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     code = f"import sys; sys.path[:0] = {[str(home), *sorted(libraries)]!r}\n{IMPORT_EVERYTHING}"
     done = subprocess.run(
-        [sys.executable, "-S", "-c", code, str(home)],
+        [sys.executable, "-S", "-c", code, str(home), str(about)],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -75,3 +87,5 @@ def test_every_module_imports_from_the_wheel(wheel: Path, tmp_path: Path) -> Non
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "TEACHER builtin" in done.stdout
+    for command in ("distill", "evaluate", "report", "doctor"):
+        assert f"COMMAND cleangpt-{command}" in done.stdout
