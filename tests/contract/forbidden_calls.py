@@ -22,7 +22,19 @@ FORBIDDEN: dict[str, frozenset[str]] = {
     "marshal": frozenset(),
     "shelve": frozenset(),
     "pandas.read_pickle": frozenset(),
-    "yaml": frozenset(),
+    "yaml": frozenset(  # what builds nothing: nodes, plain values, text
+        {
+            "cleangpt/settings_file.py",
+            "distillation/recipes/__init__.py",
+        }
+    ),
+    **{
+        f"yaml.{name}": frozenset()
+        for name in (
+            *("load", "load_all", "full_load", "full_load_all", "unsafe_load", "unsafe_load_all"),
+            *("Loader", "FullLoader", "UnsafeLoader", "CLoader", "CFullLoader", "CUnsafeLoader"),
+        )
+    },
     "ctypes": frozenset({"benchmarks/scaling_worker.py"}),  # gives freed memory back
     "torch.load": frozenset({"cleangpt/restricted_load.py"}),
     "torch.serialization": frozenset(),

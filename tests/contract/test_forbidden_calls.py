@@ -68,6 +68,13 @@ def test_torch_load_is_restricted_even_where_it_may_stand() -> None:
         assert violations(ast.parse(f"import torch\n{call}"), where)
 
 
+@pytest.mark.parametrize("call", ["load(x, yaml.SafeLoader)", "unsafe_load(x)", "Loader"])
+def test_yaml_builds_nothing_even_where_it_may_stand(call: str) -> None:
+    where = "cleangpt/settings_file.py"
+    assert not violations(ast.parse("import yaml\nyaml.compose(x, yaml.SafeLoader)"), where)
+    assert violations(ast.parse(f"import yaml\nyaml.{call}"), where)
+
+
 @pytest.mark.parametrize(
     "source",
     [
