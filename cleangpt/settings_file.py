@@ -17,9 +17,7 @@ from cleangpt.cli import CommandParser, nearest_names
 from cleangpt.errors import UsageError
 
 FLAG, FILE, DEFAULT = "flag", "file", "default"
-OF_THE_CALL = frozenset(
-    {"help", "config", "print_config", "resume", "overwrite", "plan", "debug", "model_path"}
-)
+OF_THE_CALL = frozenset({"help", "config", "print_config", "resume", "overwrite", "plan", "debug"})
 """What belongs to one call and not to what it does: never printed."""
 _NEVER_IN_A_FILE = frozenset({"help", "config", "print_config"})
 _MAX_BYTES = 1_000_000
@@ -54,6 +52,9 @@ def parse_settings(
         UsageError: If the file cannot be read, or has a name or a value that no flag has.
     """
     words = sys.argv[1:] if argv is None else list(argv)
+    required = [action for action in parser._actions if action.required]
+    for action in required:  # the file may have it
+        action.required = False
     arguments = parser.parse_args(words)
     origins = dict.fromkeys(_given(parser, words), FLAG)
     if arguments.config is not None:
@@ -67,6 +68,10 @@ def parse_settings(
             if name not in origins and name not in excluded:
                 setattr(arguments, name, value)
                 origins[name] = FILE
+    for action in required:
+        action.required = True
+        if action.dest not in origins:
+            parser.error(f"the following arguments are required: {action.option_strings[0]}")
     return arguments, origins
 
 
@@ -86,10 +91,10 @@ def read_settings(path: Path, parser: CommandParser) -> dict[str, Any]:
         if name in found:
             raise UsageError(f"{place}: {name} stands there twice.", "Leave one of them out.")
         value = _plain(node, actions, place)
-        if isinstance(value, str):
-            value = _converted(parser, actions[0], value, place)
-        if value is not None:
+        if isinstance(value, bool):
             found[name] = value
+        elif value is not None:
+            found[name] = _converted(parser, actions[0], value, place)
     for group in parser._mutually_exclusive_groups:
         both = sorted({a.dest for a in group._group_actions if found.get(a.dest)})
         if len(both) > 1:
@@ -160,8 +165,10 @@ def _unknown(place: str, name: str, parser: CommandParser) -> UsageError:
     )
 
 
-def _plain(node: yaml.Node, actions: Sequence[argparse.Action], place: str) -> str | bool | None:
-    """A switch, or the text that the flag takes; None where the file leaves the default."""
+def _plain(
+    node: yaml.Node, actions: Sequence[argparse.Action], place: str
+) -> list[str] | bool | None:
+    """A switch, or the texts that the flag takes; None where the file leaves the default."""
     items = node.value if isinstance(node, yaml.SequenceNode) else [node]
     known = {f"tag:yaml.org,2002:{kind}" for kind in _KINDS}
     scalars = all(isinstance(each, yaml.ScalarNode) and each.tag in known for each in items)
@@ -175,14 +182,17 @@ def _plain(node: yaml.Node, actions: Sequence[argparse.Action], place: str) -> s
         raise UsageError(f"{place}: {actions[0].dest} is {node.value!r}.", f"It takes {wanted}.")
     if is_switch:
         return str(node.value).lower() in ("true", "yes", "on")
-    return ",".join(item.value for item in items)
+    texts = [str(item.value) for item in items]
+    return texts if isinstance(actions[0], argparse._AppendAction) else [",".join(texts)]
 
 
-def _converted(parser: CommandParser, action: argparse.Action, text: str, place: str) -> Any:
-    """The value that the flag makes of a text."""
+def _converted(
+    parser: CommandParser, action: argparse.Action, texts: Sequence[str], place: str
+) -> Any:
+    """The value that the flag makes of a text, or of one for each time it is given."""
     strict, parser.exit_on_error = parser.exit_on_error, False
     try:
-        parsed, _ = parser.parse_known_args([f"{action.option_strings[0]}={text}"])
+        parsed, _ = parser.parse_known_args([f"{action.option_strings[0]}={t}" for t in texts])
     except argparse.ArgumentError as error:
         raise UsageError(
             f"{place}: {action.dest}: {error.message}.",

@@ -23,6 +23,7 @@ from cleangpt.cli import (
     run_command,
     setup_logging,
 )
+from cleangpt.settings_file import add_config_flags, parse_settings, settings_text
 from config_distillation import MODEL_TYPES
 
 if TYPE_CHECKING:
@@ -48,8 +49,13 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
         CleanGPTError: For anything the user can mend; ``run_command`` prints it in two lines.
     """
-    arguments = build_parser().parse_args(argv)
+    parser = build_parser()
+    arguments, origins = parse_settings(parser, argv)
     setup_logging(arguments.debug)
+    if arguments.print_config:
+        about = f"Settings of {parser.prog}; flags win over those of --config FILE."
+        print(settings_text(vars(arguments), origins, about), end="")
+        return
 
     # Names first: a wrong one is told before the seconds that importing torch takes.
     from cleangpt.data import load_texts
@@ -219,6 +225,7 @@ def build_parser() -> CommandParser:
     )
     add("--debug", action="store_true", help="show tracebacks and debug messages")
     _add_measurement_flags(parser)
+    add_config_flags(parser)
     return parser
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from cleangpt.cli import run_command
 from cleangpt.errors import UsageError
@@ -122,3 +123,20 @@ def test_settings_are_printed_and_nothing_is_done(
     assert run_command(main, ["--print_config", "--output_dir", str(tmp_path / "run")]) == 0
     assert "recipe: best" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
+
+
+def test_the_evaluation_takes_a_file_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from distillation.evaluation.evaluate_distilled_model import main as evaluate
+
+    text = "model_path: student\nbaseline_path: [a, b]\nmax_tokens: 100\n"
+    argv = [*written(tmp_path, text), "--print_config", "--max_tokens", "200"]
+    assert run_command(evaluate, argv) == 0
+    shown = capsys.readouterr().out
+    assert "baseline_path: [a, b]  # file" in shown
+    assert "max_tokens: 200  # flag" in shown
+    assert run_command(evaluate, [*written(tmp_path, shown), "--print_config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out) == yaml.safe_load(shown)
+    assert run_command(evaluate, ["--max_tokens", "3"]) == 2
+    assert "required: --model_path" in capsys.readouterr().err
