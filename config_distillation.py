@@ -98,6 +98,16 @@ class GPTConfig:
         """Refuse values that cannot describe a student."""
         self.validate()
 
+    def __repr__(self) -> str:
+        """The call that makes this configuration: the kind, and what is not the default."""
+        given = {
+            each.name: value
+            for each in fields(self)
+            if (value := getattr(self, each.name)) != each.default
+        }
+        shown = {"model_type": self.model_type, **given}
+        return f"GPTConfig({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+
     def validate(self) -> None:
         """Check every field, and report everything that is wrong at once.
 

@@ -20,6 +20,7 @@ from cleangpt.heads import head_is_tied
 from cleangpt.metrics_log import RunProgress
 from cleangpt.run_directory import RunDirectory
 from distillation.config import LoopOptions, PerBlock, StageSettings, by_stage, spread
+from distillation.displays import shown_trainer
 from distillation.finished_run import fill_folder, finish, finished_results, save_student
 from distillation.head_init import tie_lm_head, untie_lm_head
 from distillation.journal import Journal, check_same_settings
@@ -186,7 +187,8 @@ class DistillationTrainer:
             ``backbone_losses`` (last epoch's mean loss per block), ``head_loss`` and
             ``polish_loss`` (the same for the head and the whole, None without that stage),
             ``blocks``, ``head`` and ``polish`` (rows with first, best and last loss),
-            ``output_dir``, ``student_path``, ``skipped_batches`` and ``seconds``.
+            ``output_dir``, ``student_path``, ``skipped_batches`` and ``seconds``; a notebook
+            shows a table and a curve of the losses.
 
         Raises:
             UsageError: If ``output_dir`` holds a run and ``overwrite`` is False, or a value is out
@@ -267,9 +269,8 @@ class DistillationTrainer:
         ):
             for trainer in self._trainers:
                 trainer.progress = progress
-            checkpoints = Checkpoints(
-                self.run.path / "checkpoints", self.run.run_id, writes=self.run.writes
-            )
+            folder = self.run.path / "checkpoints"
+            checkpoints = Checkpoints(folder, self.run.run_id, writes=self.run.writes)
             goes_on = journal.open(checkpoints, self.run.metrics, resume=self.resume)
             self.run.note(total_steps=self._total_steps(own), planned=self._planned)
             self._write_start(settings, fill, goes_on)
@@ -350,6 +351,8 @@ class DistillationTrainer:
             self.backbone_trainer.stitches_are_stale = True
             self.backbone_trainer.write_stitches()
         return results
+
+    __repr__ = shown_trainer
 
     @property
     def _trainers(self) -> list[BaseDistillationTrainer]:

@@ -14,6 +14,7 @@ from cleangpt.errors import CheckpointError, UsageError
 from cleangpt.manifest import check_listed, check_same_run
 from cleangpt.run_directory import RunDirectory
 from cleangpt.runtime.faultpoints import faultpoint
+from distillation.displays import TrainingResults
 from distillation.head_init import untie_lm_head
 from distillation.journal import check_same_settings
 from distillation.model_card import saved_student, write_card
@@ -70,7 +71,7 @@ def save_student(
     logger.info("Its report: python -m distillation.report %s", path.parent)
 
 
-def finish(run: RunDirectory, results: dict[str, Any], seconds: float) -> dict[str, Any]:
+def finish(run: RunDirectory, results: dict[str, Any], seconds: float) -> TrainingResults:
     """Add to what the stages returned where it is and what it sums to; write the student's card."""
     path = run.path
     rows = [*results["blocks"], *(results[k] for k in ("head", "polish") if results[k])]
@@ -81,7 +82,7 @@ def finish(run: RunDirectory, results: dict[str, Any], seconds: float) -> dict[s
     run.note(results=results)
     if run.writes:
         write_card(path, run.record)
-    return results
+    return TrainingResults(results)
 
 
 def fill_folder(student: Any, tokenizer: Any, folder: Path) -> None:
@@ -94,7 +95,7 @@ def fill_folder(student: Any, tokenizer: Any, folder: Path) -> None:
 
 def finished_results(
     run: RunDirectory, about: dict[str, Any], settings: dict[str, Any], student: BlockStack
-) -> dict[str, Any] | None:
+) -> TrainingResults | None:
     """What a run that is done returned, and its weights for the student; None if it is not.
 
     Raises:
@@ -120,5 +121,4 @@ def finished_results(
     load_strictly(student.model, saved["model_state_dict"], path)
     Checkpoints(run.path / "checkpoints", str(manifest["run_id"]), writes=run.writes).remove()
     logger.info("The run in %s is done; nothing is left to do.", run.path)
-    results: dict[str, Any] = manifest["results"]
-    return results
+    return TrainingResults(manifest["results"])

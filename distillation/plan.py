@@ -112,7 +112,7 @@ class StageEstimate:
     seconds: tuple[float, float]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RunPlan:
     """The whole run.
 
@@ -153,6 +153,10 @@ class RunPlan:
                 for stage in self.stages
             ],
         }
+
+    def __repr__(self) -> str:
+        """The table, for terminals and notebooks."""
+        return self.table()
 
     def table(self) -> str:
         """All of it as text."""

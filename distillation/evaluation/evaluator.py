@@ -9,7 +9,7 @@ import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import transformers
@@ -37,6 +37,7 @@ from distillation.evaluation.results import (
 )
 from distillation.evaluation.scoring_windows import WindowBatch, plan_windows, window_batches
 from distillation.evaluation.speed import measure_size, measure_speed
+from distillation.evaluation.tables import ShownEvaluation
 from stitching_layers import StitchingLayers
 
 logger = logging.getLogger(__name__)
@@ -144,7 +145,7 @@ def _evaluate(
         non_finite={},
     )
     result["non_finite"] = find_non_finite(result)
-    return result
+    return cast("EvaluationResult", ShownEvaluation(result))
 
 
 def _entries(

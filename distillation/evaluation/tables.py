@@ -3,10 +3,13 @@
 A value that was not measured shows as "-", one that is not finite as "NaN" or "inf".
 """
 
+import html
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from cleangpt.safe_text import clean_line
+from distillation.displays import html_table
 from distillation.evaluation.results import EvaluationResult, HiddenResult, ModelResult
 
 MODEL_COLUMNS = (
@@ -37,6 +40,22 @@ BLOCK_COLUMNS = (
     "cosine",
 )
 HYBRID_COLUMNS = ("KL in the teacher", "KL with all before it")
+
+
+class ShownEvaluation(dict[str, Any]):
+    """An ``EvaluationResult`` that shows itself as its tables, in a terminal and in a notebook."""
+
+    def __repr__(self) -> str:
+        """The outcome, the models, and the keys."""
+        result: Any = self
+        models = text_table(MODEL_COLUMNS, model_rows(result))
+        return f"{summary(result)}\n{models}\nkeys: {', '.join(self)}"
+
+    def _repr_html_(self) -> str:
+        result: Any = self
+        tables = [(MODEL_COLUMNS, model_rows(result)), block_table(result)]
+        shown = "".join(html_table(columns, rows) for columns, rows in tables if rows)
+        return f"<p>{html.escape(summary(result))}</p>{shown}"
 
 
 def format_number(value: float | None, spec: str = ",.2f") -> str:

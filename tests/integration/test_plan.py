@@ -173,6 +173,7 @@ def test_planning_changes_nothing(tmp_path: Path) -> None:
     student = copy.deepcopy(trainer.student_model.state_dict())
     random = torch.get_rng_state()
     plan = trainer.plan(2, lm_head_epochs=3)
+    assert repr(plan) == plan.table()
     assert torch.equal(torch.get_rng_state(), random)
     assert list(tmp_path.iterdir()) == []
     for name, tensor in trainer.student_model.state_dict().items():
