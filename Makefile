@@ -8,6 +8,7 @@ STAMP := $(VENV)/.installed
 SMOLLM2_STAMP := $(VENV)/.smollm2
 DOCS_STAMP := $(VENV)/.docs
 NOTEBOOKS_STAMP := $(VENV)/.notebooks
+EXTRAS_STAMP := $(VENV)/.extras
 # One more than two cores: now and then all but one wait for processes and disks.
 PYTEST_WORKERS ?= 3
 
@@ -64,7 +65,7 @@ lint: $(STAMP)  ## ruff (rules and format) and mypy --strict
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-test-slow: $(STAMP) $(DOCS_STAMP)  ## the tests over ten seconds: whole runs, the wheel in a clean environment
+test-slow: $(STAMP) $(EXTRAS_STAMP) $(DOCS_STAMP)  ## the tests over ten seconds: whole runs, the wheel in a clean environment
 	$(TEST_ENV) $(PY) -m pytest -q -m "slow and not gpu" --durations=25
 
 docs: $(DOCS_STAMP)  ## build the documentation into site/, to be opened without a server
@@ -113,6 +114,11 @@ else
 	@$(PIP) install -qq -c constraints.txt $(TORCH)
 endif
 	@$(PIP) install -qq -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+# What the slow tests of lm_eval and of ONNX exports need.
+$(EXTRAS_STAMP): $(STAMP)
+	$(PIP) install -qq -c constraints.txt --no-build-isolation -e '.[lm-eval,onnx]'
 	@touch $@
 
 # The package's own dependencies are not needed, and one of them compiles C++.

@@ -10,6 +10,8 @@ from tests.contract.source_tree import ROOT
 COMMANDS = (
     "examples.run_distillation_example",
     "distillation.evaluation.evaluate_distilled_model",
+    "distillation.evaluation.lm_eval",
+    "distillation.export",
 )
 
 

@@ -1,0 +1,1 @@
+"""Offline tasks for EleutherAI's harness; ``lm_eval --include_path`` takes this folder as well."""
