@@ -12,13 +12,13 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cleangpt.blocks import BlockStack
 from cleangpt.errors import CheckpointError
 from cleangpt.manifest import read_manifest
 from cleangpt.metrics_log import format_seconds
 from cleangpt.safe_text import clean_line
 
 if TYPE_CHECKING:
+    from cleangpt.blocks import BlockStack
     from distillation.distillation_trainer import DistillationTrainer
 
 COLUMNS = ("stage", "first loss", "best", "last", "relative error", "seconds", "verdict")
@@ -127,7 +127,7 @@ def _state(trainer: Any) -> str:
     return "new" if manifest is None else clean_line(str(manifest.get("status")))
 
 
-def _shown_model(stack: BlockStack) -> str:
+def _shown_model(stack: "BlockStack") -> str:
     parameters = sum(parameter.numel() for parameter in stack.model.parameters())
     return (
         f"{type(stack.model).__name__}, {stack.num_blocks} blocks x {stack.hidden_size},"

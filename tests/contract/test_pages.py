@@ -93,7 +93,10 @@ def test_command_exists_and_its_flags_parse(words: list[str]) -> None:
         return
     module, arguments = call
     assert importlib.util.find_spec(module), f"no module {module}"
-    parser = importlib.import_module(module).build_parser()
+    found = importlib.import_module(module)
+    if not hasattr(found, "build_parser"):  # a package that is a command
+        found = importlib.import_module(f"{module}.__main__")
+    parser = found.build_parser()
     parser.parse_args(arguments)
 
 
