@@ -55,7 +55,7 @@ def load_elsewhere(python: Path, folder: Path, kind: str, *flags: str) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     logits, whole, beams = torch.load(folder / "out.pt", weights_only=True)
@@ -67,6 +67,7 @@ def load_elsewhere(python: Path, folder: Path, kind: str, *flags: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("kind", ["Vanilla", "Factored", "SASP"])
 def test_a_clean_environment_loads_it_and_generates(kind: str, tmp_path: Path) -> None:
     home = tmp_path / "venv"
