@@ -383,7 +383,11 @@ def load_teacher(
 
 
 def load_teacher_outline(
-    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
 ) -> Teacher:
     """Return a teacher without its weights, for questions that its shape answers.
 
@@ -391,6 +395,6 @@ def load_teacher_outline(
     The arguments and errors are those of :func:`load_teacher`.
     """
     source = find_teacher(name, revision, trust_remote_code)
-    model, tokenizer = _load(source, lambda found: _read_outline(found, torch.float32))
+    model, tokenizer = _load(source, lambda found: _read_outline(found, dtype))
     check_vocabulary_rows(tokenizer, model)
     return Teacher(model.eval().requires_grad_(False), tokenizer, name, source.label, "")

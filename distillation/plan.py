@@ -228,9 +228,10 @@ def memory_parts(
     if work.polish_epochs:
         training = max(training, polish_memory(student, work))
     stitch = stitch_parameters(teacher, student)
-    weights = parameters(teacher.model) + parameters(student.model) + student.num_blocks * stitch
+    frozen = sum(parameter.nbytes for parameter in teacher.model.parameters())
+    weights = parameters(student.model) + student.num_blocks * stitch
     return {
-        "both models and the stitches": 4 * weights,
+        "both models and the stitches": frozen + 4 * weights,
         "kept states": kept_bytes,
         "gradients, moments and activations of the stage in training": training
         + ADAM_BYTES * stitch,

@@ -181,8 +181,9 @@ def read_teacher(
         "trust_remote_code": arguments.trust_remote_code,
     }
     name, places = arguments.teacher_model_name_or_path, arguments.teacher_device_map
+    dtype = torch.bfloat16 if arguments.teacher_dtype == "bf16" else torch.float32
     if arguments.plan:
-        return load_teacher_outline(name, **options)
+        return load_teacher_outline(name, dtype=dtype, **options)
     if arguments.shard_teacher:
         check_can_shard(processes)
         if places:
@@ -191,7 +192,6 @@ def read_teacher(
                 "Leave one of them out.",
             )
         places = "disk"  # so that no process ever holds the whole teacher
-    dtype = torch.bfloat16 if arguments.teacher_dtype == "bf16" else torch.float32
     if places:
         options |= {"device": device, "places": places}
     teacher = load_teacher(name, dtype=dtype, **options)

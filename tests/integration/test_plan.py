@@ -128,6 +128,15 @@ def test_operations_follow_the_weights() -> None:
     assert head.flops[0] == pytest.approx(WORK.positions * (2 * heads + passes))
 
 
+def test_a_teacher_in_half_precision_takes_half_the_memory() -> None:
+    whole, half = tiny_teacher(), tiny_teacher().bfloat16()
+    memory = [
+        plan_run(BlockStack(teacher), BlockStack(tiny_student()), WORK, COSTS, RAM, 0).memory_bytes
+        for teacher in (whole, half)
+    ]
+    assert memory[0] - memory[1] == 2 * sum(p.numel() for p in whole.parameters())
+
+
 def test_the_table_has_a_line_per_stage_and_the_totals() -> None:
     lines = planned().table().splitlines()
     assert [line.split()[0] for line in lines[1:4]] == ["block-00", "block-01", "lm-head"]
