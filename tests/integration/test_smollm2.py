@@ -27,6 +27,7 @@ def test_a_short_run_learns_and_is_evaluated(tmp_path: Path) -> None:
             *("--student_n_layer", "2", "--student_n_embd", "192", "--student_n_head", "3"),
             *("--max_samples", "8", "--epochs_per_block", "2", "--device", "cpu", "--keep_start"),
             *("--batch_size", "4", "--block_size", "64", "--first_hidden_position", "1"),
+            *("--lm_head_lr", "1e-3"),
         ]
     )
     stages = json.loads((run / "manifest.json").read_text())["stages"]
