@@ -1,5 +1,6 @@
 """What a run tells while it goes on: metrics.jsonl for programs, log lines and a bar for people."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -7,18 +8,30 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tqdm.auto import tqdm
 
 from cleangpt.disk_errors import disk_errors_explained
+from cleangpt.metrics_table import MetricsTable
 
 logger = logging.getLogger(__name__)
 
 
+class LogFollower(Protocol):
+    """What is told of every event that a log has written."""
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Take in one event."""
+
+    def rewrite(self, records: Iterable[dict[str, Any]]) -> None:
+        """Begin again with these: what came after them is taken back."""
+
+
 class MetricsLog:
-    """Appends one JSON object per event to ``metrics.jsonl``.
+    """Appends one JSON object per event to ``metrics.jsonl``, and its curves to ``metrics.csv``.
 
     Numbers that are not finite are written as null, and their names are listed under "nonfinite":
     JSON has no NaN, and a reader must not mistake one for zero.
@@ -30,6 +43,9 @@ class MetricsLog:
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self._is_paused = False
+        self.followers: list[LogFollower] = []
+        if path is not None:
+            self.followers.append(MetricsTable(path.with_suffix(".csv")))
 
     def write(self, event: str, **values: Any) -> None:
         """Append one event; each line is complete, so a killed run leaves a readable file."""
@@ -44,6 +60,19 @@ class MetricsLog:
             self.path.open("a", encoding="utf-8") as file,
         ):
             file.write(json.dumps(record, allow_nan=False) + "\n")
+        for follower in self.followers:
+            follower.write(record)
+
+    def records(self) -> list[dict[str, Any]]:
+        """The events written so far, without lines that are none."""
+        text = b"" if self.size() == 0 or self.path is None else self.path.read_bytes()
+        found = []
+        for line in text.splitlines():
+            with contextlib.suppress(ValueError):
+                record = json.loads(line)
+                if isinstance(record, dict) and "event" in record:
+                    found.append(record)
+        return found
 
     def size(self) -> int:
         """Bytes written so far."""
@@ -56,6 +85,9 @@ class MetricsLog:
         assert other.path is not None
         with self.path.open("ab") as file:
             file.write(other.path.read_bytes())
+        for record in other.records():
+            for follower in self.followers:
+                follower.write(record)
 
     def pause(self) -> None:
         """Write nothing for now: what comes has been written before."""
@@ -87,6 +119,8 @@ class MetricsLog:
             )
         if self.path.is_file():
             os.truncate(self.path, min(size, self.size()))
+        for follower in self.followers:
+            follower.rewrite(self.records())
 
 
 def without_nonfinite(value: Any) -> Any:

@@ -107,6 +107,7 @@ class DistillationConfig:
         checkpoint_steps: Optimizer steps between two more, >= 0; 0 makes none.
         log_interval: Optimizer steps between two logged lines, >= 1.
         hidden_state_pictures: Whether to draw student and teacher states per block and epoch.
+        track: Trackers that follow the run, of "tensorboard", "wandb" and "trackio".
         seed: Seed of everything random in the run.
 
     Raises:
@@ -151,6 +152,7 @@ class DistillationConfig:
     checkpoint_steps: int = 0
     log_interval: int = 50
     hidden_state_pictures: bool = False
+    track: Sequence[str] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -265,6 +267,7 @@ class LoopOptions(TypedDict, total=False):
     checkpoint_minutes: float
     checkpoint_steps: int
     hidden_state_pictures: bool
+    track: Sequence[str]
     seed: int
 
 

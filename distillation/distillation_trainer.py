@@ -77,7 +77,7 @@ class DistillationTrainer:
             ``activation_cache``, ``activation_cache_gb``, ``activation_dtype``,
             ``keep_activations``, ``schedule``, ``block_inputs``, ``layer_map``, ``blocks``,
             ``precision``, ``compile_blocks``, ``checkpoint_minutes``, ``checkpoint_steps``,
-            ``hidden_state_pictures``, ``seed``: see
+            ``hidden_state_pictures``, ``track``, ``seed``: see
             :class:`~distillation.config.DistillationConfig`.
 
     Raises:

@@ -330,7 +330,7 @@ def _check_state(state: Values, folder: Path) -> None:
 CHANGEABLE = (
     "precision",  # the one in use is compared
     *("log_interval", "hidden_state_pictures", "checkpoint_minutes", "checkpoint_steps"),
-    *("activation_cache", "activation_cache_gb", "keep_activations"),
+    *("activation_cache", "activation_cache_gb", "keep_activations", "track"),
 )
 """Settings that decide no weight."""
 

@@ -127,7 +127,9 @@ def prepare(
     # Names and places first: a wrong one is told before the seconds that importing torch takes.
     from cleangpt.run_directory import RunDirectory
     from cleangpt.teacher_source import check_teacher_name
+    from cleangpt.trackers import check_trackers
 
+    check_trackers(arguments.track)
     check_teacher_name(arguments.teacher_model_name_or_path, revision=arguments.teacher_revision)
     if not arguments.plan:
         RunDirectory(arguments.output_dir).check_room(arguments.overwrite, arguments.resume)

@@ -24,6 +24,7 @@ PROGRAM = "examples.run_distillation_example"
 Row = tuple[str, Callable[[str], Any], Any, str]
 
 LAYER_MAPS = ("uniform", "first", "last")
+TRACKER_NAMES = ("tensorboard", "wandb", "trackio")
 PER_BLOCK = "; one value, or one per block as 1e-3,5e-4"
 STUDENT_SWITCHES = {
     "bias": "biases in the blocks' linear maps and norms",
@@ -172,6 +173,16 @@ def block_ranges(text: str) -> list[int]:
     return found
 
 
+def tracker_names(text: str) -> list[str]:
+    """The type of ``--track``: names with commas between."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in TRACKER_NAMES:
+            known = ", ".join(TRACKER_NAMES)
+            raise argparse.ArgumentTypeError(f"{name!r} is not one of {known}")
+    return names
+
+
 def _add_rows(parser: CommandParser, rows: Sequence[Row]) -> None:
     for name, kind, default, text in rows:
         shown = f"{text} (default: {default})"
@@ -318,6 +329,14 @@ def _add_run_flags(parser: CommandParser) -> None:
     _add_choice(parser, "precision", precisions, "auto", meaning)
     schedules = ("constant", "cosine", "linear")
     _add_choice(parser, "lr_schedule", schedules, "cosine", "per stage, after the warm-up")
+    add(
+        "--track",
+        type=tracker_names,
+        default=[],
+        metavar="NAMES",
+        help="also show the curves in tensorboard, wandb or trackio, or several as"
+        " tensorboard,wandb (default: none; metrics.jsonl and metrics.csv are always written)",
+    )
     fastest = "where to train (default: the fastest there is)"
     add("--device", choices=("cpu", "cuda", "mps"), help=fastest)
     for name, text in (

@@ -29,6 +29,7 @@ from cleangpt.runtime.module_state import preserved_modes, tensors_fingerprint
 from cleangpt.runtime.placement import to_device
 from cleangpt.runtime.precision import choose_precision
 from cleangpt.runtime.ranks import join
+from cleangpt.trackers import tracked
 from distillation.activations import Activations
 from distillation.batch import Batch, as_batch
 from distillation.cache_plan import positions_in
@@ -176,6 +177,7 @@ class BaseDistillationTrainer:
             nullcontext() if exact else fused_gelu(self.teacher_model, self.student_model),
             self.precision.tensor_cores(self.device),
             self.run.opened(self.about_run(), overwrite=overwrite, resume=resume),
+            tracked(self.run, self.config.track, asdict(self.config)),
             self.ranks.after_main(),
             self.activations.opened(
                 self.config,

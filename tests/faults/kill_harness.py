@@ -24,6 +24,7 @@ from cleangpt.runtime.faultpoints import VARIABLE
 NO_RESULTS = (
     *("seconds", "tokens_per_second", "output_dir", "student_path", "metrics_bytes", "run_id"),
     *("checkpoint_steps", "files", "sha256", "metrics_sha256"),  # checksums of files with times
+    "command",  # names the directory
 )
 """What two equal runs may differ in."""
 

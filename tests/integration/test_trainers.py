@@ -215,6 +215,7 @@ def test_what_a_run_leaves_on_disk(tmp_path: Path) -> None:
         "config.json",
         "final",
         "manifest.json",
+        "metrics.csv",
         "metrics.jsonl",
         "stitching_layers.safetensors",
         "student_model_final_distilled.pt",
