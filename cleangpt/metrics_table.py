@@ -39,7 +39,7 @@ class CurvePoint:
 def curve_point(record: dict[str, Any]) -> CurvePoint | None:
     """The point that an event of ``metrics.jsonl`` adds; None if it is not part of a curve."""
     place = _PLACES.get(record["event"])
-    if place is None:
+    if place is None or not {"stage", place} <= record.keys():
         return None
     values = {name: record[name] for name in VALUES if name in record}
     return CurvePoint(record["stage"], record["event"], record[place], values)
