@@ -65,7 +65,7 @@ lint: $(STAMP)  ## ruff (rules and format) and mypy --strict
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-test-slow: $(STAMP) $(EXTRAS_STAMP) $(DOCS_STAMP)  ## the tests over ten seconds: whole runs, the wheel in a clean environment
+test-slow: $(STAMP) $(EXTRAS_STAMP) $(DOCS_STAMP) $(NOTEBOOKS_STAMP)  ## the tests over ten seconds: whole runs, the wheel in a clean environment
 	$(TEST_ENV) $(PY) -m pytest -q -m "slow and not gpu" --durations=25 -o timeout=600
 
 docs: $(DOCS_STAMP)  ## build the documentation into site/, to be opened without a server

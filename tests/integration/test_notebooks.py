@@ -48,13 +48,6 @@ def test_there_are_notebooks() -> None:
     }
 
 
-def test_the_first_notebook_runs_on_a_few_documents(tmp_path: Path) -> None:
-    (path,) = (path for path in NOTEBOOKS if path.stem == QUICK)
-    said = run(shortened(path, tmp_path), tmp_path, seconds=110)
-    assert said.startswith("Return a new list")
-    assert (tmp_path / "runs/notebooks/first/final/config.json").is_file()
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
