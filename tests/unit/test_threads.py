@@ -165,5 +165,8 @@ def test_only_commands_set_threads() -> None:
         name for name in users if name.startswith(("cleangpt/", "distillation/", "model/"))
     } == {
         "cleangpt/runtime/threads.py",
+        "distillation/commands/distil.py",
+        "distillation/commands/doctor.py",
         "distillation/evaluation/evaluate_distilled_model.py",
+        "distillation/evaluation/lm_eval.py",
     }
