@@ -37,7 +37,7 @@ KEPT = 2
 FORMAT_VERSION = 2
 _NAME = re.compile(r"step-(\d{8})-([0-9a-f]{8})")
 _FILES = ("tensors.safetensors", "state.json")
-_FLOAT = "float"
+_FLOAT = "not a JSON number"
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ def _read(path: Path) -> Checkpoint:
 
 
 def _named_nonfinite(value: Any) -> Any:
-    """The same with NaN and infinities as ``{"float": "nan"}``: JSON has no such numbers.
+    """The same with NaN and infinities as an object of one such word: JSON has no such numbers.
 
     A stage of no steps has no loss, and a run that goes on must know just that.
     """

@@ -213,7 +213,7 @@ _LOADING: Final = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 folder = "final"  # this folder, or its name on the hub
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder{trust})
 model = AutoModelForCausalLM.from_pretrained(folder{trust})
 generate = pipeline("text-generation", model=model, tokenizer=tokenizer)
 print(generate("Return a list of", max_new_tokens=20)[0]["generated_text"])

@@ -19,7 +19,6 @@ from cleangpt.safe_text import clean_line
 from distillation.commands.data import build_dataloader, find_documents
 from distillation.commands.distil import build_trainer, plan, read_teacher, registered
 from distillation.commands.dry_steps import dry_steps
-from distillation.commands.scale import check_scale_flags
 from distillation.commands.settings import parse_arguments
 from distillation.commands.student import build_student
 
@@ -111,7 +110,10 @@ def main(argv: list[str] | None = None) -> None:
     logging.getLogger("distillation").setLevel(logging.WARNING)
     logging.getLogger("cleangpt").setLevel(logging.WARNING)
     arguments = parse_arguments(argv)
-    check_scale_flags(arguments)
+    if arguments.print_config:
+        print(arguments.settings_text, end="")
+        return
+    arguments.plan, arguments.plan_device = False, None  # it looks at the run itself
     examination = examine(arguments)
     states = [verdict.state for verdict in examination.verdicts]
     print(f"{states.count(OK)} ok, {states.count(WARN)} warnings, {states.count(FAIL)} failures")

@@ -202,7 +202,7 @@ def recipe_sentence(settings: dict[str, Any]) -> str:
         return "The run wrote down no settings."
     recipe, different = recipe_of(settings)
     if not different:
-        return f"The recipe {recipe.name}, as it stands in distillation/recipes.py."
+        return f"The recipe {recipe.name}, as it stands in distillation/recipes/."
     own = ", ".join(f"{key} {shown(value)}" for key, value in different.items())
     return f"Nearest to the recipe {recipe.name}; otherwise than there: {own}."
 

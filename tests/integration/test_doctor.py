@@ -67,3 +67,15 @@ def test_names_from_outside_cannot_reach_the_terminal(
     _, out = examined(place, capsys, "--teacher_model_name_or_path", "a\x1b[31m\nok    faked")
     assert "\x1b" not in out
     assert "\nok    faked" not in out
+
+
+def test_settings_are_printed_and_a_plan_is_examined_like_a_run(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out = examined(place, capsys, "--print_config")
+    assert code == 0
+    assert out.startswith("# Settings of")
+    assert "\nok " not in out
+    code, out = examined(place, capsys, "--plan", "--recipe", "tutorial")
+    assert code == 0, out
+    assert "ok    stages" in out
