@@ -63,7 +63,7 @@ def outside_links(markdown: str, source: str) -> list[tuple[str, str]]:
 
 def api_page(config: Any, name: str, modules: list[str]) -> File:
     """The page of one package: every module's docstring, classes and functions."""
-    entries = "\n".join(f"## {module}\n\n::: {module}\n" for module in modules)
+    entries = "\n".join(f"::: {module}\n" for module in modules)
     title = " and ".join(modules) if name == "root" else name
     return File.generated(config, f"reference/{name}.md", content=f"# {title}\n\n{entries}")
 
