@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from typing_extensions import TypedDict
@@ -152,7 +152,7 @@ class DistillationConfig:
     checkpoint_steps: int = 0
     log_interval: int = 50
     hidden_state_pictures: bool = False
-    track: Sequence[str] = ()
+    track: Sequence[str] = field(default_factory=list)
     seed: int = 0
 
     def __post_init__(self) -> None:

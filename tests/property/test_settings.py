@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import given, settings, strategies as st
 
 from cleangpt.runtime.precision import PRECISIONS
-from distillation.commands.flags import build_parser
+from distillation.commands.flags import TRACKER_NAMES, build_parser
 from distillation.config import BLOCK_INPUTS, BLOCK_SCHEDULES, CACHES, DistillationConfig
 from distillation.layer_map import LAYER_MAPS
 from distillation.losses import DistillationLoss
@@ -46,6 +46,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "checkpoint_steps": st.integers(0, 10**6),
     "log_interval": st.integers(1, 999),
     "hidden_state_pictures": st.booleans(),
+    "track": st.lists(st.sampled_from(TRACKER_NAMES), unique=True),
     "seed": st.integers(0, 2**31),
     "init_from_teacher": st.sampled_from(["none", "pca", "slice", "layers"]),
     "train_stitches": st.booleans(),
