@@ -36,8 +36,8 @@ AUDIT_FLAGS ?=
 # No test reaches for the network; one thread a worker keeps two workers from fighting.
 TEST_ENV := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1 OMP_NUM_THREADS=1
 
-.PHONY: help install demo demo-smollm2 smollm2 test lint test-slow docs notebooks audit soak soak-long \
-	clean
+.PHONY: help install demo demo-smollm2 smollm2 test lint test-slow test-oldest test-newest docs \
+	notebooks audit soak soak-long clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -80,6 +80,22 @@ audit: $(STAMP)  ## known holes in the installed packages (asks an advisory data
 	@test -x $(AUDIT_PY) || $(PYTHON) -m venv .venv-audit
 	@$(AUDIT_PY) -m pip install -qq pip-audit==2.10.1
 	@$(PY) -m tests.contract.audit --python $(AUDIT_PY) $(AUDIT_FLAGS)
+
+# Both in environments of their own. anyio's plugin for pytest is older than pytest in the first.
+OLDEST_TORCH ?= torch==2.11.0+cpu --extra-index-url $(CPU_TORCH_INDEX)
+test-oldest:  ## the default tests on the oldest versions that pyproject.toml allows
+	@test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	@grep -v '^torch==' constraints-oldest.txt > .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install -qq -c .venv-oldest/constraints.txt $(OLDEST_TORCH)
+	.venv-oldest/bin/python -m pip install -qq -c .venv-oldest/constraints.txt -e '.[dev]'
+	$(TEST_ENV) .venv-oldest/bin/python -m pytest -q -p no:anyio -n $(PYTEST_WORKERS) --dist loadfile
+
+NEWEST_TORCH ?= torch --index-url $(CPU_TORCH_INDEX)
+test-newest:  ## the default tests on the newest releases of everything
+	@rm -rf .venv-newest && $(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install -qq $(NEWEST_TORCH)
+	.venv-newest/bin/python -m pip install -qq -e '.[dev]'
+	$(TEST_ENV) .venv-newest/bin/python -m pytest -q -n $(PYTEST_WORKERS) --dist loadfile
 
 SOAK ?= --kills 100
 soak: $(STAMP)  ## kill whole runs at random, 100 times, and compare how they end (an hour)
