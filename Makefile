@@ -33,8 +33,10 @@ PLAIN_TORCH_IS_CPU = $(PIP) install -qq --dry-run --no-deps --report - -c constr
 AUDIT_PY := .venv-audit/bin/python
 AUDIT_FLAGS ?=
 
-# No test reaches for the network; one thread a worker keeps two workers from fighting.
-TEST_ENV := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1 OMP_NUM_THREADS=1
+# No test reaches for the network; one thread a worker keeps two workers from fighting. Tests start
+# many processes, and each would compile our modules and the tests anew where bytecode is not kept.
+TEST_ENV := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 \
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
 .PHONY: help install demo demo-smollm2 smollm2 test lint test-slow test-oldest test-newest docs \
 	notebooks audit soak soak-long clean

@@ -16,6 +16,7 @@ _TERMINAL_CODES = re.compile(
     r"|\x1b[ -/]*[0-~]",
     re.DOTALL,
 )
+_UNUSUAL = re.compile(r"[^\n\t -~]")
 _DIRECTION_MARKS = {0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)}
 _TAGS = range(0xE0000, 0xE0080)  # letters that no font shows
 _MESSAGE_LIMIT = 20_000
@@ -29,7 +30,7 @@ def clean_text(text: str, limit: int = 4000) -> str:
         'ared'
     """
     cut = text[: limit + 1000]  # bounds the work; codes that are removed do not count
-    cleaned = "".join(map(_clean_character, _TERMINAL_CODES.sub("", cut)))
+    cleaned = _UNUSUAL.sub(_clean_character, _TERMINAL_CODES.sub("", cut))
     if len(cleaned) > limit or len(text) > len(cut):
         return f"{cleaned[:limit]} ... [cut: {len(text)} characters]"
     return cleaned
@@ -46,9 +47,8 @@ def clean_message(text: str, limit: int = 2000) -> str:
     return clean_text(text, limit).replace("\n", " ").replace("\t", " ")
 
 
-def _clean_character(character: str) -> str:
-    if character in "\n\t" or " " <= character <= "~":
-        return character
+def _clean_character(found: re.Match[str]) -> str:
+    character = found[0]
     number, category = ord(character), unicodedata.category(character)
     if category == "Cs":
         return "\N{REPLACEMENT CHARACTER}"

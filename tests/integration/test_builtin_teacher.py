@@ -104,6 +104,7 @@ def same_text() -> bool:
     return corpus_fingerprint() in (builtin_teacher_path() / "README.md").read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_the_perplexity_is_near_the_one_on_the_card(teacher, tokenizer, claimed, same_text) -> None:
     length = teacher.config.n_positions
     stream = token_stream(tokenizer, builtin_texts("test"))

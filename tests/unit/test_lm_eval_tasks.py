@@ -36,6 +36,7 @@ def test_questions_depend_on_nothing_but_the_text() -> None:
     assert cloze_items([TEXT]) == cloze_items(TEXT.split("\n\n")[::-1])
 
 
+@pytest.mark.slow
 def test_the_built_in_text_gives_questions_enough() -> None:
     from cleangpt.builtin.corpus import builtin_texts
 
