@@ -102,6 +102,19 @@ def read_settings(path: Path, parser: CommandParser) -> dict[str, Any]:
     return found
 
 
+def written_settings(path: Path) -> dict[str, str]:
+    """The single values in a file as they are written there, whatever command they are of.
+
+    Raises:
+        UsageError: If the file cannot be read.
+    """
+    return {
+        key.value: node.value
+        for key, node in _entries(path)
+        if isinstance(node, yaml.ScalarNode) and node.tag != "tag:yaml.org,2002:null"
+    }
+
+
 def settings_text(settings: Mapping[str, Any], origins: Mapping[str, str], about: str) -> str:
     """The settings as a file for ``--config``.
 
@@ -140,7 +153,11 @@ def _entries(path: Path) -> Iterable[tuple[yaml.ScalarNode, yaml.Node]]:
             raise UsageError(f"{path} is too long for a file of settings.", remedy)
         root = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
     except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror or error}.", remedy) from error
+        reason, remedy = (
+            error.strerror or error,
+            "Check its name; --print_config shows such a file.",
+        )
+        raise UsageError(f"{path} cannot be read: {reason}.", remedy) from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}, line {mark.line + 1}" if mark else str(path)
@@ -183,7 +200,11 @@ def _plain(
     if is_switch:
         return str(node.value).lower() in ("true", "yes", "on")
     texts = [str(item.value) for item in items]
-    return texts if isinstance(actions[0], argparse._AppendAction) else [",".join(texts)]
+    if isinstance(actions[0], argparse._AppendAction):
+        return texts
+    if isinstance(node, yaml.SequenceNode) and actions[0].type is None:  # a comma is part of a text
+        raise UsageError(f"{place}: {actions[0].dest} is a list.", "It takes one value.")
+    return [",".join(texts)]
 
 
 def _converted(

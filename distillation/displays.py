@@ -5,7 +5,6 @@ a file that is gone or damaged leaves the picture out.
 """
 
 import html
-import json
 import math
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cleangpt.errors import CheckpointError
+from cleangpt.integrity import parse_json_object
 from cleangpt.manifest import read_manifest
 from cleangpt.metrics_log import format_seconds
 from cleangpt.safe_text import clean_line
@@ -68,7 +68,7 @@ def loss_curve(losses: Mapping[str, Points]) -> str:
     is_log = min(values) > 0
     low, high = min(values), max(values)
     ends = list(accumulate(max(step for step, _ in points) for points in shown.values()))
-    right = (WIDTH - 2 * MARGIN) / ends[-1]
+    right = (WIDTH - 2 * MARGIN) / (ends[-1] or 1.0)  # a file may have step 0 alone
 
     def place(start: float, step: float, loss: float) -> str:
         parts = [math.log(v) if is_log else v for v in (loss, low, high)]
@@ -177,7 +177,7 @@ def _losses(results: Mapping[str, Any]) -> dict[str, Points]:
         return found
     for line in lines:
         try:
-            event = json.loads(line)
+            event = parse_json_object(line)
             if event["event"] == "step" and all(_is_number(event[k]) for k in ("step", "loss")):
                 found[event["stage"]].append((float(event["step"]), float(event["loss"])))
         except (ValueError, LookupError, TypeError):
@@ -186,7 +186,9 @@ def _losses(results: Mapping[str, Any]) -> dict[str, Points]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return (
+        isinstance(value, int | float) and abs(value) < 1e300
+    )  # JSON has whole numbers of any length
 
 
 def _aligned(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -29,8 +29,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     named = set(origins)
     check_student_flags(arguments, {name for name in named if is_changed(parser, arguments, name)})
     chosen = arguments.recipe or ("tutorial" if named & method else "best")
-    values = recipe_settings(chosen, parser)
     arguments.recipe = chosen
+    # A run's own config.yaml names every setting; the file its recipe was may be gone by then.
+    needed = {name for name in method - named if parser.get_default(name) is not None}
+    values = recipe_settings(chosen, parser) if needed or origins.get("recipe") == FLAG else {}
+    if origins.get("recipe") == FLAG and not set(values) - named:
+        logger.warning("--recipe %s decides nothing: all it says is named otherwise.", chosen)
     for name, value in values.items():
         if name not in named:
             setattr(arguments, name, value)
@@ -45,7 +49,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     logger.info(
         "Recipe %s: %s. %s%s",
         chosen,
-        ", ".join(f"{name}={getattr(arguments, name)}" for name in values),
+        ", ".join(f"{name}={getattr(arguments, name)}" for name in values) or "all from a file",
         f"{written} of its settings from {arguments.config}. " if written else "",
         f"Named by flags: {', '.join(own)}." if own else "No flag changes it.",
     )

@@ -15,6 +15,8 @@ from cleangpt.cli import CommandParser, positive_float, run_command, setup_loggi
 logger = logging.getLogger(__name__)
 
 PROGRAM = "distillation.report"
+GENERATOR = b'<meta name="generator" content="cleanGPT distillation">'
+"""What stands in every page (templates/base.html): only such a file is written over."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -85,8 +87,12 @@ def write_page(runs: list[Path], output: str | None = None) -> Path:
     Args:
         runs: Directories.
         output: The file; None takes the usual place.
+
+    Raises:
+        UsageError: If there is a file already that is no report.
     """
     from cleangpt.disk_errors import disk_errors_explained
+    from cleangpt.errors import UsageError
     from cleangpt.run_directory import write_atomically
 
     if len(runs) == 1:
@@ -100,6 +106,10 @@ def write_page(runs: list[Path], output: str | None = None) -> Path:
     path = Path(output) if output else usual
     content = page.encode()
     with disk_errors_explained(path):
+        if path.exists() and GENERATOR not in path.read_bytes()[:1000]:
+            raise UsageError(
+                f"{path} is there and is no report.", "Name another file with --output, or move it."
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
     return write_atomically(path, lambda place: place.write_bytes(content), len(content))
 

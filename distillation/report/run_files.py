@@ -103,15 +103,18 @@ class Run:
 
 
 def is_count(value: object) -> bool:
-    """Whether a value of a file is a whole number of 0 or more."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    """Whether a value of a file is a whole number of 0 or more, and one that can count."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def number(value: object) -> float:
     """A value of a file as a number; NaN for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return math.nan
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:  # JSON has whole numbers of any length
+        return math.nan
 
 
 def numbers(value: object) -> list[float]:

@@ -5,6 +5,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from cleangpt.errors import UsageError
+from cleangpt.settings_file import written_settings
 from distillation.evaluation import tables
 from distillation.evaluation.results import EvaluationResult
 from distillation.recipes import RECIPES, Recipe
@@ -13,13 +15,13 @@ from distillation.report.run_files import Run, group, is_count, number, shown
 EVALUATE = "python -m distillation.evaluation.evaluate_distilled_model"
 BUILTIN_ASSETS = "cleangpt/builtin/assets"
 FROM_TRAINING = {
-    "--teacher_model_name_or_path": "--teacher_model_name",
-    "--teacher_revision": "--teacher_revision",
-    "--dataset_name": "--dataset_name",
-    "--dataset_config_name": "--dataset_config_name",
-    "--dataset_text_column": "--dataset_text_column",
+    "teacher_model_name_or_path": "--teacher_model_name",
+    "teacher_revision": "--teacher_revision",
+    "dataset_name": "--dataset_name",
+    "dataset_config_name": "--dataset_config_name",
+    "dataset_text_column": "--dataset_text_column",
 }
-"""Flags of the training whose values the evaluation needs, and what they are called there."""
+"""Settings of the training that the evaluation needs, and its own flags for them."""
 ENDINGS = {
     "stopped": "It was stopped before its end; the command that began it goes on with --resume.",
     "failed": "It failed before its end.",
@@ -232,18 +234,18 @@ def hints(run: Run | None, result: EvaluationResult | None) -> dict[str, str]:
 
 
 def _evaluation_flags(run: Run) -> list[str]:
-    """Teacher and data as the training named them; their own defaults are left out."""
+    """Teacher and data as the training's settings name them; the evaluation's defaults left out."""
     try:
-        words = shlex.split(str(run.manifest.get("command") or ""))
-    except ValueError:
-        words = []
-    found: dict[str, str] = {}
-    for index, word in enumerate(words):
-        flag, _, value = word.partition("=")
-        if flag in FROM_TRAINING:
-            value = value or (words[index + 1] if index + 1 < len(words) else "")
-            found[FROM_TRAINING[flag]] = value
+        settings = written_settings(run.path / "config.yaml")
+    except UsageError:  # a run from a notebook has none
+        settings = {}
+    found = {flag: settings[name] for name, flag in FROM_TRAINING.items() if name in settings}
     name = str(group(run.manifest.get("teacher")).get("name") or "")
-    if "--teacher_model_name" not in found and name and teacher_name(run) != "builtin":
+    if not settings and name and teacher_name(run) != "builtin":
         found["--teacher_model_name"] = name
-    return [part for flag, value in found.items() for part in (flag, shlex.quote(value))]
+    return [
+        part
+        for flag, value in found.items()
+        if value != "builtin"
+        for part in (flag, shlex.quote(value))
+    ]

@@ -57,7 +57,19 @@ def test_a_finished_run_that_is_resumed_shows_the_same(finished: tuple[Any, Any]
     assert again._repr_html_() == results._repr_html_()
 
 
-@pytest.mark.parametrize("damage", [b"", b"\xff\xfe", b"{}\n[1]\n3\n", None])
+STEP = b'{"event": "step", "stage": "block-00", "step": %b, "loss": %b}\n'
+DAMAGES = [
+    b"",
+    b"\xff\xfe",
+    b"{}\n[1]\n3\n",
+    b"[" * 100_000,
+    STEP % (b"1" + b"0" * 400, b"1"),
+    STEP % (b"1", b"-1" + b"0" * 400),
+    None,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_without_the_runs_file_the_table_remains(
     damage: bytes | None, finished: tuple[Any, Any], tmp_path: Path
 ) -> None:
@@ -96,6 +108,7 @@ def test_no_point_no_picture() -> None:
     from distillation.displays import loss_curve, thinned
 
     assert loss_curve({}) == loss_curve({"block-00": []}) == ""
+    assert "polyline" in loss_curve({"block-00": [(0.0, 1.0)]})
     many = [(float(i), 1.0) for i in range(1001)]
     assert thinned(many)[0] == many[0]
     assert thinned(many)[-1] == many[-1]

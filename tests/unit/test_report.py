@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 
 from cleangpt.cli import run_command
-from cleangpt.errors import CheckpointError, InputError
+from cleangpt.errors import CheckpointError, InputError, UsageError
 from distillation.report.__main__ import main, write_page
+from distillation.report.comparison import comparison_page
 from distillation.report.page import run_page
 from distillation.report.run_files import read_run
+from distillation.report.words import hints
 from tests.contract.source_tree import ROOT
 from tests.report_samples import (
     HOSTILE,
@@ -215,13 +217,17 @@ def test_files_that_are_not_what_they_should_be(tmp_path: Path) -> None:
     with (run / "metrics.jsonl").open("a") as file:
         file.write("{ half a line\n[]\n" + '{"event": "step", "stage": "polish", "step": -1}\n')
         file.write('{"event": "step", "stage": 7}\n{"event": "step", "stage": "p", "step": 1}\n')
+        huge = "1" + "0" * 400
+        file.write(f'{{"event": "step", "stage": "p", "step": {huge}, "loss": 1}}\n')
+        file.write(f'{{"event": "step", "stage": "p", "step": 2, "loss": {huge}}}\n')
+        file.write("[" * 100_000 + "\n")
     broken = evaluation_of()
     del broken["models"][1]["quality"]["kl_nats"]
     (run / "evaluation" / "results.json").write_text(json.dumps(broken))
     page = run_page(run)
     check_safe(page)
     assert "config.json cannot be read" in page
-    assert "2 lines of metrics.jsonl cannot be read" in page
+    assert "3 lines of metrics.jsonl cannot be read" in page
     assert "results.json is not what" in page
     assert "was not evaluated yet" in page
 
@@ -324,3 +330,24 @@ def test_samples_are_what_an_evaluation_writes() -> None:
     for found in hidden:
         found["hybrids"] = []
     assert keys(real) == keys(sample)
+
+
+def test_a_page_replaces_a_page_and_nothing_else(tmp_path: Path) -> None:
+    run, output = full_run(tmp_path / "run"), tmp_path / "mine.html"
+    write_page([run], str(output))
+    write_page([run, run], str(output))
+    assert output.read_text() == comparison_page([run, run])
+    output.write_text("<p>mine</p>")
+    with pytest.raises(UsageError, match=r"mine\.html is there and is no report"):
+        write_page([run], str(output))
+    assert output.read_text() == "<p>mine</p>"
+
+
+def test_the_evaluation_is_named_with_the_settings_of_the_run(tmp_path: Path) -> None:
+    """Whether they stood in a file or on the command line."""
+    run = write_run(tmp_path / "a run", command="python -m run --config gone.yaml")
+    lines = ["dataset_name: my data  # file", "dataset_config_name: '007'  # file"]
+    lines += ["dataset_text_column: null  # default", "teacher_model_name_or_path: builtin"]
+    (run / "config.yaml").write_text("\n".join(lines))
+    wanted = f"--model_path '{run}' --dataset_name 'my data' --dataset_config_name 007"
+    assert hints(read_run(run), None)["evaluate"].endswith(f"{wanted} --generate_comparisons")

@@ -140,3 +140,33 @@ def test_the_evaluation_takes_a_file_too(
     assert yaml.safe_load(capsys.readouterr().out) == yaml.safe_load(shown)
     assert run_command(evaluate, ["--max_tokens", "3"]) == 2
     assert "required: --model_path" in capsys.readouterr().err
+
+
+def test_a_run_repeats_after_the_file_of_its_recipe_is_gone(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("polish_epochs: 4\nlr_per_block: [1e-3, 2e-3]\n", encoding="utf-8")
+    argv = ["--recipe", str(recipe), "--seed", "3"]
+    before, text = settings(argv), parse_arguments(argv).settings_text
+    recipe.unlink()
+    assert settings(written(tmp_path, text)) == before
+    with pytest.raises(UsageError, match="There is no recipe"):
+        parse_arguments(written(tmp_path, f"recipe: {recipe}\n"))  # here it decides the rest
+    with pytest.raises(UsageError, match="There is no recipe"):
+        parse_arguments([*written(tmp_path, text), "--recipe", "nothing.yaml"])
+
+
+def test_a_recipe_that_decides_nothing_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    everything = written(tmp_path, parse_arguments(["--recipe", "best"]).settings_text)
+    parse_arguments(everything)
+    assert "decides nothing" not in caplog.text
+    parse_arguments([*everything, "--recipe", "tutorial"])
+    assert "--recipe tutorial decides nothing" in caplog.text
+
+
+def test_one_value_is_no_list_and_a_missing_file_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="line 1: dataset_name is a list"):
+        parse_arguments(written(tmp_path, "dataset_name: [a, b]\n"))
+    with pytest.raises(UsageError, match="gone.yaml cannot be read: No such"):
+        parse_arguments(["--config", str(tmp_path / "gone.yaml")])
