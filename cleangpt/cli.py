@@ -16,6 +16,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import PurePath
 from typing import NoReturn, TypeVar
 
 from cleangpt.errors import CleanGPTError, EnvironmentProblem, OutOfMemory, ran_out_of_memory
@@ -151,6 +152,12 @@ class CommandParser(argparse.ArgumentParser):
             f"unknown {kind} {name}", f"{hint}{self.prog} --help lists every flag and its values."
         )
         raise SystemExit(2)
+
+
+def program_name(module: str) -> str:
+    """What the process was started as: our console command, or ``python -m`` and the module."""
+    name = PurePath(sys.argv[0]).name.removesuffix(".exe")
+    return name if name.startswith("cleangpt-") else f"python -m {module}"
 
 
 def nearest_names(name: str, known: Sequence[str]) -> list[str]:

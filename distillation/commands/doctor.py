@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     setup_logging()
     logging.getLogger("distillation").setLevel(logging.WARNING)
     logging.getLogger("cleangpt").setLevel(logging.WARNING)
-    arguments = parse_arguments(argv)
+    arguments = parse_arguments(argv, "distillation.doctor")
     if arguments.print_config:
         print(arguments.settings_text, end="")
         return

@@ -13,6 +13,7 @@ from cleangpt.cli import (
     positive_float,
     positive_int,
     probability,
+    program_name,
 )
 from cleangpt.settings_file import add_config_flags
 from config_distillation import MODEL_TYPES
@@ -126,10 +127,14 @@ RUN_ROWS: tuple[Row, ...] = (
 )
 
 
-def build_parser() -> CommandParser:
-    """Return the command's parser; needs no heavy import."""
+def build_parser(module: str = PROGRAM) -> CommandParser:
+    """Return the parser of a command that takes a run's flags; needs no heavy import.
+
+    Args:
+        module: What ``python -m`` starts, for the messages.
+    """
     parser = CommandParser(
-        prog=f"python -m {PROGRAM}",
+        prog=program_name(module),
         description="Distil a HuggingFace causal language model into a smaller one, by blocks.",
     )
     _add_model_flags(parser)

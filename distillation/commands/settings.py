@@ -9,21 +9,25 @@ from typing import Any
 from cleangpt.cli import CommandParser
 from cleangpt.errors import UsageError
 from cleangpt.settings_file import FILE, FLAG, parse_settings, read_settings, settings_text
-from distillation.commands.flags import build_parser, method_flags
+from distillation.commands.flags import PROGRAM, build_parser, method_flags
 from distillation.commands.student_flags import check_student_flags, keep_own_weights
 from distillation.recipes import RECIPES
 
 logger = logging.getLogger(__name__)
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None, module: str = PROGRAM) -> argparse.Namespace:
     """Parse the flags and their file, and let the recipe decide what neither names.
 
     Without ``--recipe`` that is "best", or "tutorial" once a setting of the method is given: who
     sets the tutorial's flags means its algorithm. What all of it comes to is in ``settings_text``,
     as a file for ``--config``.
+
+    Args:
+        argv: Arguments without the program's name; None takes the process's own.
+        module: What ``python -m`` starts, for the messages.
     """
-    parser = build_parser()
+    parser = build_parser(module)
     arguments, origins = parse_settings(parser, argv)
     method = method_flags()
     named = set(origins)

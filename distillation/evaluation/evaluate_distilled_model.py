@@ -20,6 +20,7 @@ from cleangpt.cli import (
     non_negative_int,
     positive_float,
     positive_int,
+    program_name,
     run_command,
     setup_logging,
 )
@@ -173,7 +174,7 @@ def _evaluate(
 def build_parser() -> CommandParser:
     """All flags; those of ``_add_measurement_flags`` say how to measure, these what."""
     parser = CommandParser(
-        prog=f"python -m {PROGRAM}",
+        prog=program_name(PROGRAM),
         description="Evaluate a distilled model against its teacher: perplexity, divergence, "
         "hidden states, speed, and generations side by side.",
     )

@@ -10,7 +10,7 @@ import logging
 import sys
 from pathlib import Path
 
-from cleangpt.cli import CommandParser, positive_float, run_command, setup_logging
+from cleangpt.cli import CommandParser, positive_float, program_name, run_command, setup_logging
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
 def build_parser() -> CommandParser:
     """All flags."""
     parser = CommandParser(
-        prog=f"python -m {PROGRAM}",
+        prog=program_name(PROGRAM),
         description="One self-contained HTML page about a run, or about several side by side; or a"
         " live view of a run in the terminal.",
     )

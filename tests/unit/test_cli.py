@@ -219,3 +219,18 @@ def test_importing_the_module_loads_nothing_heavy() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("started", "shown"),
+    [
+        ("/usr/bin/cleangpt-doctor", "cleangpt-doctor"),
+        ("cleangpt-doctor.exe", "cleangpt-doctor"),
+        ("/x/distillation/doctor.py", "python -m distillation.doctor"),
+    ],
+)
+def test_messages_name_the_command_as_it_was_started(
+    started: str, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [started])
+    assert cli.program_name("distillation.doctor") == shown
