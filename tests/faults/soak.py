@@ -32,7 +32,6 @@ from tests.faults.kill_harness import (
     differences,
     different_checkpoints,
     log_of,
-    newest_checkpoint,
     stages_logged,
     start_command,
     tensors_in,
@@ -55,6 +54,8 @@ LONG = (
 )
 SAVES = tuple(name for name in FAULT_POINTS if name not in ("step.taken", "file.deleted"))
 KILLS_PER_RUN = 8
+MOST_STARTS = 40
+"""Of a run that nobody kills: it stops itself at two steps, of every block where they are apart."""
 START_UP = 12.0
 """Seconds, more or less, that a command takes to import everything and load."""
 
@@ -65,7 +66,8 @@ class Setup:
 
     Args:
         words: The command.
-        stops: Optimizer steps at which every run stops itself, to be compared there.
+        stops: Optimizer steps at which every run stops itself, to be compared there; where blocks
+            learn apart from each other, each of them counts its own.
         targets: What signals go to.
     """
 
@@ -162,12 +164,13 @@ class Soak:
         setup, folder = SETUPS[name], self.folder / f"straight-{name}"
         if any(record["setup"] == name for record in self.of("straight")):
             return folder
-        began_at, starts = time.monotonic(), 0
+        began_at, kept, starts = time.monotonic(), 0, 0
         while (code := self.start(setup, folder).end(36_000)) != 0:
+            kept += len(self._keep_stops(setup, folder))
             starts += 1
-            if starts > len(setup.stops) or not self._keep_stop(setup, folder):
+            if starts > MOST_STARTS or not kept:
                 raise SystemExit(f"{folder} ended with {code}:\n{log_of(folder)[-3000:]}")
-        if not starts:
+        if not kept:
             raise SystemExit(f"{folder} ended before it had stopped at any step of {setup.stops}")
         self.note("straight", setup=name, seconds=round(time.monotonic() - began_at, 1))
         return folder
@@ -187,9 +190,14 @@ class Soak:
             code = process.end(36_000)
             seconds = round(time.monotonic() - began_at, 1)
             self._check_code(setup, plan, code, folder)
-            if self._keep_stop(setup, folder):
-                stop = self._compare_stop(straight, folder)
-                self.note("stop", run=number, setup=name, step=stop, seconds=seconds)
+            stops = [
+                stop for stop in self._keep_stops(setup, folder) if at(straight, stop).exists()
+            ]
+            if stops:
+                self._compare_stops(straight, folder, stops)
+                self.note("stop", run=number, setup=name, at=stops, seconds=seconds)
+            elif code != 0 and not sent and plan.target != "inside":  # where straight had no stop
+                self.note("pause", run=number, setup=name, seconds=seconds)
             elif code != 0:
                 landed = where(folder, before, plan)
                 self.note(
@@ -215,31 +223,26 @@ class Soak:
         if not setup.has_launcher and code not in allowed:
             raise SystemExit(f"{folder}: {plan} ended with {code}:\n{log_of(folder)[-3000:]}")
 
-    def _keep_stop(self, setup: Setup, folder: Path) -> bool:
-        """Copy the newest checkpoint if it is one to be compared and was not copied before."""
-        if not (folder / "checkpoints").exists():
-            return False
-        newest = newest_checkpoint(folder)
-        steps = json.loads((newest / "state.json").read_text())["steps"]
-        copy = folder.with_name(f"{folder.name}-at-{steps}")
-        status = json.loads((folder / "manifest.json").read_text())["status"]
-        if steps not in setup.stops or copy.exists() or status != "stopped":
-            return False
-        shutil.copytree(newest, copy)
-        return True
+    def _keep_stops(self, setup: Setup, folder: Path) -> list[str]:
+        """Copy the checkpoints that are to be compared and were not copied before; name them."""
+        path = folder / "manifest.json"
+        if not path.exists() or json.loads(path.read_text())["status"] != "stopped":
+            return []
+        kept = []
+        for state in sorted(folder.glob("checkpoints/**/step-*/state.json")):
+            checkpoint, steps = state.parent, json.loads(state.read_text())["steps"]
+            unit = checkpoint.parent.name.replace("checkpoints", "run")
+            stop = f"{unit}-{steps}"
+            if steps in setup.stops and not at(folder, stop).exists():
+                shutil.copytree(checkpoint, at(folder, stop))
+                kept.append(stop)
+        return kept
 
-    def _compare_stop(self, straight: Path, folder: Path) -> int:
-        (copy,) = [p for p in self.folder.glob(f"{folder.name}-at-*") if not self._compared(p)]
-        stop = int(copy.name.rpartition("-")[2])
-        found = different_checkpoints(straight.with_name(f"{straight.name}-at-{stop}"), copy)
-        if found:
-            raise SystemExit(f"{copy} differs from {straight} at step {stop}: {found}")
-        return stop
-
-    def _compared(self, copy: Path) -> bool:
-        return any(
-            copy.name == f"killed-{r['run']}-{r['setup']}-at-{r['step']}" for r in self.of("stop")
-        )
+    def _compare_stops(self, straight: Path, folder: Path, stops: list[str]) -> None:
+        for stop in stops:
+            found = different_checkpoints(at(straight, stop), at(folder, stop))
+            if found:
+                raise SystemExit(f"{folder} differs from {straight} at {stop}: {found}")
 
     def _compare(self, straight: Path, folder: Path, name: str, number: int) -> None:
         found = differences(straight, folder)
@@ -260,12 +263,17 @@ class Soak:
             "landed": dict(Counter(record["landed"] for record in kills)),
             "runs_compared": len(self.of("equal")),
             "tensors_compared": sum(record["tensors"] for record in self.of("equal")),
-            "optimizer_states_compared": len(self.of("stop")),
-            "starts": len(kills) + len(self.of("stop")) + len(self.of("end")),
+            "optimizer_states_compared": sum(len(record["at"]) for record in self.of("stop")),
+            "starts": sum(len(self.of(event)) for event in ("kill", "stop", "pause", "end")),
             "minutes": round(sum(r["seconds"] for r in timed) / 60, 1),
             "setups": dict(Counter(record["setup"] for record in kills)),
             "bit_equal": True,
         }
+
+
+def at(folder: Path, stop: str) -> Path:
+    """Where a run's checkpoint of a stop is copied to."""
+    return folder.with_name(f"{folder.name}-at-{stop}")
 
 
 def carry_out(plan: Plan, process: Running, folder: Path, before: str) -> bool:
