@@ -18,6 +18,8 @@ from distillation.evaluation import tables
 from distillation.evaluation.results import FORMAT_VERSION, EvaluationResult, with_non_finite
 
 METRICS_NAME = "metrics.jsonl"
+LARGEST = 1e100
+"""Of a number that is still taken for one: JSON has any, and sums and axes need room above it."""
 MAX_LINE = 1_000_000
 """Characters of a line of metrics that is still read; ours have some hundreds."""
 
@@ -111,10 +113,7 @@ def number(value: object) -> float:
     """A value of a file as a number; NaN for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return math.nan
-    try:
-        return float(value)
-    except OverflowError:  # JSON has whole numbers of any length
-        return math.nan
+    return float(value) if abs(value) < LARGEST else math.nan
 
 
 def numbers(value: object) -> list[float]:

@@ -72,7 +72,7 @@ def scale_for(
     """
     finite = [value for value in values if math.isfinite(value)]
     low, high = min(finite, default=0.0), max(finite, default=1.0)
-    if may_be_log and low > 0 and high / low > 30:
+    if may_be_log and low > 0 and 30 < high / low < 1e100:
         room = (high / low) ** 0.06
         return Scale(low / room, high * room, start, end, is_log=True)
     if from_zero:

@@ -217,8 +217,8 @@ def sparkline(values: list[float], width: int, sparks: str = SPARKS) -> str:
     parts = [finite[begin:end] for begin, end in itertools.pairwise(cuts)]
     means = [sum(part) / len(part) for part in parts]
     low, high = min(means), max(means)
-    scale = (len(sparks) - 1) / (high - low) if high > low else 0.0
-    return "".join(sparks[round((mean - low) * scale)] for mean in means)
+    room = high - low or 1.0
+    return "".join(sparks[round((mean - low) / room * (len(sparks) - 1))] for mean in means)
 
 
 def _bar(share: float, width: int, sparks: str) -> str:

@@ -17,6 +17,7 @@ from distillation.report.__main__ import main, write_page
 from distillation.report.comparison import comparison_page
 from distillation.report.page import run_page
 from distillation.report.run_files import read_run
+from distillation.report.watch import Meter, lines_of
 from distillation.report.words import hints
 from tests.contract.source_tree import ROOT
 from tests.report_samples import (
@@ -246,6 +247,27 @@ def test_nan_is_named_and_not_drawn(tmp_path: Path) -> None:
     assert 'class="no-heat"' in page
     assert "models.1.quality.perplexity = nan" in page
     assert '="nan' not in page
+
+
+@pytest.mark.parametrize(
+    "loss", ["null", "NaN", "1e308", "-1e308", "1e-320", "4611686018427387904"]
+)
+def test_losses_that_are_no_numbers_or_too_large_break_no_page(loss: str, tmp_path: Path) -> None:
+    wrong = dict.fromkeys(("first_loss", "best_loss", "last_loss", "relative_error"), "@")
+    row = stage_row("block-00", 0, seconds="@", steps="@", validation_losses=["@"], **wrong)
+    row |= {"event": "block"}
+    run = write_run(tmp_path / "odd", [], status="failed", reason="NonFiniteError: a loss")
+    events = [{"event": "step", "stage": "x", "step": s, "loss": "@"} for s in (1, 2**62)]
+    held_out = {"event": "validation", "stage": "block-00"}
+    events += [{**held_out, "loss": value} for value in ("@", 1, "@")]
+    lines = [json.dumps(event).replace('"@"', loss) for event in [row, *events]]
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    page = run_page(run)
+    check_safe(page)
+    assert "It failed before its end" in page
+    assert '="nan' not in page
+    check_safe(comparison_page([run, run]))
+    assert lines_of(read_run(run), Meter(), 80)[0].startswith("odd, failed")
 
 
 def test_older_evaluations_have_no_layer_pairs(tmp_path: Path) -> None:
