@@ -120,6 +120,13 @@ def test_gguf_comes_back_with_its_tokenizer(stored: str, run: Path, tmp_path: Pa
     own = AutoTokenizer.from_pretrained(run / "final")
     assert tokenizer(text).input_ids == own(text).input_ids
     assert tokenizer.eos_token_id == own.eos_token_id == 0
+    positions = reader.fields["gpt2.context_length"].contents()
+    model = AutoModelForCausalLM.from_pretrained(  # it would take any GPT-2 for one of 1024
+        out, gguf_file=gguf_file.FILE_NAME, n_positions=positions
+    )
+    ids = torch.randint(0, 2048, (2, 9))
+    expected = AutoModelForCausalLM.from_pretrained(run / "final", trust_remote_code=True)(ids)
+    assert torch.allclose(model(ids).logits, expected.logits, atol=1e-5 if stored == "F32" else 0.1)
 
 
 def test_gguf_refuses_what_llama_cpp_would_read_in_another_way(tmp_path: Path) -> None:
