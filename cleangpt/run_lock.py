@@ -35,10 +35,7 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             file.seek(0)
-            raise EnvironmentProblem(
-                f"Another run holds {folder} ({file.read().strip() or 'unknown process'}).",
-                "Wait for it, stop it, or choose another output_dir.",
-            ) from error
+            raise held(folder, file.read().strip()) from error
         file.truncate(0)
         file.write(f"pid {os.getpid()} on {os.uname().nodename}")
         file.flush()
@@ -47,6 +44,33 @@ def locked(folder: Path) -> Iterator[None]:
             yield
         finally:
             _held.remove(file)
+
+
+def held(folder: Path, holder: str) -> EnvironmentProblem:
+    """The refusal of a folder that another run holds."""
+    return EnvironmentProblem(
+        f"Another run holds {folder} ({holder or 'unknown process'}).",
+        "Wait for it, stop it, or choose another output_dir.",
+    )
+
+
+def holder_of(folder: Path) -> str | None:
+    """What the process that holds the folder now says of itself; None if none does.
+
+    Whoever held it last may live on without it, as a notebook does. So, where that process is
+    there, the lock is tried for an instant, shared with others that look.
+    """
+    if fcntl is None or holder_lives(folder) is False:
+        return None
+    try:
+        with (folder / ".lock").open(encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read().strip()
+    except OSError:
+        pass
+    return None
 
 
 def holder_lives(folder: Path) -> bool | None:

@@ -5,6 +5,7 @@ refuses is a failure here, with the same cause, remedy and exit code. Nothing is
 """
 
 import argparse
+import dataclasses
 import importlib.metadata
 import logging
 import platform
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cleangpt.cli import setup_logging
-from cleangpt.errors import CleanGPTError
+from cleangpt.errors import CleanGPTError, UsageError
 from cleangpt.safe_text import clean_line
 from distillation.commands.data import build_dataloader, find_documents
 from distillation.commands.distil import build_trainer, plan, read_teacher, registered
@@ -34,6 +35,8 @@ OK, WARN, FAIL, SKIPPED = "ok", "warn", "FAIL", "-"
 PARAMETERS_PER_TOKEN = 100
 RISE = 1.1
 """Of a loss within a few steps, from which it is more than the first steps' wandering."""
+SAMPLE_CHARACTERS = 500_000
+"""Of a longer text that are cut into windows, which takes a core about half a second."""
 _LONG_TEXT = 400
 
 
@@ -123,6 +126,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def examine(arguments: argparse.Namespace) -> Examination:
     """Run all checks, in the order in which a run would come to them."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
     own = Examination()
     own.check("packages", look_at_packages)
     output = own.check("output", lambda: look_at_output(arguments))
@@ -168,16 +174,40 @@ def look_at_packages() -> tuple[bool, Finding]:
 
 
 def look_at_output(arguments: argparse.Namespace) -> tuple[Path, Finding]:
-    """The run's directory: free, to be replaced, or with a run to go on with."""
+    """The run's directory: free, held by a run, to be replaced, or with a run to go on with."""
     from cleangpt.run_directory import RunDirectory
+    from cleangpt.run_lock import held, holder_of
 
     path = Path(arguments.output_dir)
-    replaced = RunDirectory(path).check_room(arguments.overwrite, arguments.resume)
-    if replaced:
-        return path, Finding(f"{path}: replaces the run that is there")
-    earlier = RunDirectory(path).manifest()
-    there = f"a run there is {earlier.get('status')}" if earlier else "free"
-    return path, Finding(f"{path}: {there}")
+    run, holder = RunDirectory(path), holder_of(path)
+    earlier = earlier_run(path, holder)
+    try:
+        replaced = run.check_room(arguments.overwrite, arguments.resume)
+    except UsageError as error:
+        raise UsageError(f"{error.cause} {earlier}".strip(), error.remedy) from error
+    if holder is not None:
+        raise held(path, holder)
+    if arguments.resume:
+        run.manifest()  # refuses a damaged one
+    advice = "It is unfinished: --resume instead of --overwrite goes on with it."
+    wasted = replaced and "unfinished" in earlier
+    found = " ".join(["replaces the run that is there."] * bool(replaced) + [earlier]).strip()
+    return path, Finding(f"{path}: {found or 'free'}", advice if wasted else "")
+
+
+def earlier_run(path: Path, holder: str | None) -> str:
+    """A sentence about the run in a directory; empty without one."""
+    from cleangpt.manifest import read_manifest
+
+    try:
+        status = (read_manifest(path) or {}).get("status")
+    except CleanGPTError as error:
+        return error.cause
+    if holder is not None:
+        return f"Another run holds it now ({holder or 'unknown process'})."
+    if status is None or status == "done":
+        return f"The run there is {status}." if status else ""
+    return f"The run there is unfinished ({'killed' if status == 'running' else status})."
 
 
 def look_at_device(arguments: argparse.Namespace) -> "tuple[torch.device, Finding]":
@@ -235,6 +265,7 @@ def look_at_text(arguments: argparse.Namespace) -> tuple[Any, Finding]:
     source = find_documents(arguments)
     texts = getattr(source, "texts", None)
     found = f"{source.name}: {'a stream' if texts is None else f'{len(texts):,} documents'}"
+    found = "; ".join([found, *source.notes])
     if not arguments.validation_tokens:
         return source, Finding(found)
     try:
@@ -270,15 +301,49 @@ def look_at_windows(
     """Tokens and batches; few of them teach little."""
     from distillation.cache_plan import positions_in
 
-    loader = build_dataloader(arguments, source, teacher, student)
+    sample, times = sample_of(source)
+    if times == 1:
+        loader = build_dataloader(arguments, source, teacher, student)
+    else:
+        own = argparse.Namespace(**{**vars(arguments), "no_token_cache": True})
+        loader = repeated(build_dataloader(own, sample, teacher, student), times, arguments.seed)
     positions = positions_in(loader)
     batch = next(iter(loader))
     valid = float(batch["attention_mask"].float().mean())
     size = "" if positions is None else f"{positions:,} positions in {len(loader):,} batches, "
-    finding = f"{size}{1 - valid:.0%} padding in the first"
+    about = "" if times == 1 else f"by the first {SAMPLE_CHARACTERS:,} characters about "
+    finding = f"{about}{size}{1 - valid:.0%} padding in the first"
     few = positions is not None and positions * PARAMETERS_PER_TOKEN < count(student)
     advice = f"Fewer than one token for {PARAMETERS_PER_TOKEN} parameters: give it more text."
     return loader, Finding(finding, advice if few else "")
+
+
+def sample_of(source: Any) -> tuple[Any, float]:
+    """The first documents of a long text, and how many times as long all of it is."""
+    texts = getattr(source, "texts", [])  # of a stream no more than a pass is read anyway
+    length = sum(map(len, texts))
+    if length <= SAMPLE_CHARACTERS:
+        return source, 1.0
+    first, room = [], SAMPLE_CHARACTERS
+    for text in texts:
+        if room <= 0:
+            break
+        first.append(text[:room])
+        room -= len(text)
+    return dataclasses.replace(source, texts=first), length / SAMPLE_CHARACTERS
+
+
+def repeated(loader: Any, times: float, seed: int) -> Any:
+    """The loader as if its windows came so many times: a sample, with the size of the run."""
+    from torch.utils.data import Subset
+
+    from cleangpt.data import make_dataloader
+
+    windows = len(loader.dataset)
+    indices = [index % windows for index in range(round(windows * times))]
+    return make_dataloader(
+        Subset(loader.dataset, indices), loader.collate_fn, loader.batch_size, seed=seed
+    )
 
 
 def look_at_cost(

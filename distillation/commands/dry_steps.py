@@ -4,6 +4,8 @@ import argparse
 import copy
 import json
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from cleangpt.teacher import Teacher
 
 STEPS = 3
+SMALL_MODEL = 20_000_000
+"""Parameters of a teacher below which a step takes a thread some tenths of a second."""
 FIRST_POSITION_IS_HUGE = 10.0
 """Ratio of norms from which the first token of a window rules a raw squared error."""
 _RAW_LOSSES = ("mse", "smooth_l1")
@@ -84,7 +88,8 @@ def dry_steps(
         own.output_dir = str(Path(folder) / "run")
         trainer = build_trainer(own, teacher, copy.deepcopy(student), [batch], None, device)
         trainer.show_progress = False
-        results = train(trainer, own)
+        with few_threads(teacher.model):
+            results = train(trainer, own)
         audit = Path(own.output_dir) / "audit.json"
         levels = json.loads(audit.read_text())["levels"] if audit.is_file() else []
     rows = [*results["blocks"], *(results[name] for name in ("head", "polish") if results[name])]
@@ -92,6 +97,20 @@ def dry_steps(
         DryLoss(row["stage"], row["first_loss"], row["last_loss"]) for row in rows if row["steps"]
     ]
     return DrySteps(losses, about_states(levels, own))
+
+
+@contextmanager
+def few_threads(model: "nn.Module") -> Iterator[None]:
+    """One thread for a small model: several wait for each other where others use the cores."""
+    import torch
+
+    before = torch.get_num_threads()
+    if sum(parameter.numel() for parameter in model.parameters()) < SMALL_MODEL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def about_states(levels: list[dict[str, Any]], arguments: argparse.Namespace) -> str:
