@@ -193,11 +193,21 @@ class StudentModel(PreTrainedModel, GenerationMixin):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate as HuggingFace does, by default up to the context length.
 
-        ``max_new_tokens`` replaces that stored ``max_length``; HuggingFace would log a notice about
-        the two at each call.
+        That is stored as ``max_length``, since a pipeline's own default, 256 new tokens, would
+        leave a short context. ``max_new_tokens``, by itself or in a ``generation_config``, replaces
+        it; HuggingFace would log a notice about the two at each call.
         """
+        given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
         if kwargs.get("max_new_tokens") is not None:
             kwargs.setdefault("max_length", None)
+        elif getattr(given, "max_new_tokens", None) is not None:
+            stored = self.generation_config  # beside a generation_config, arguments are deprecated
+            self.generation_config = copy.copy(stored)
+            self.generation_config.max_length = None
+            try:
+                return super().generate(*args, **kwargs)
+            finally:
+                self.generation_config = stored
         return super().generate(*args, **kwargs)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """Cache, padding, positions and ``generate`` agree with the plain forward pass."""
 
+import logging
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
 from model import StudentModel, VanillaTransformerModelDistillation
@@ -190,10 +191,16 @@ def test_prompt_lookup_decoding_crops_the_cache(kind: str) -> None:
     assert torch.equal(plain, looked_up)
 
 
-def test_generation_stops_at_the_context_by_default(caplog: pytest.LogCaptureFixture) -> None:
+def test_generation_stops_at_the_context_by_default(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     student = noisy_student("SASP", output_hidden_states=True)
     assert student.generate(tokens(1, 4)).shape == (1, 24)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     assert student.generate(tokens(1, 4), max_new_tokens=3).shape == (1, 7)
+    settings = GenerationConfig(max_new_tokens=3)
+    assert student.generate(tokens(1, 4), generation_config=settings).shape == (1, 7)
+    assert student.generate(tokens(1, 4), settings).shape == (1, 7)
     assert not caplog.records
 
 
