@@ -1,8 +1,9 @@
 """Evaluation of a distilled student: does it behave like its teacher, and what does it cost?
 
-Of the rest of ``distillation`` only ``report`` imports this package. Importing it is cheap: torch,
-matplotlib and ``datasets`` are loaded only by what needs them. Read ``results.py`` first (what is
-measured, key by key), then ``evaluator.py`` (how it is put together).
+Of the rest of ``distillation`` those that read or show a finished student import this package:
+``commands``, ``export``, ``report``, and ``model_card`` for its escaping; trainers never. Importing
+it is cheap: torch, matplotlib and ``datasets`` are loaded only by what needs them. Read
+``results.py`` first (what is measured, key by key), then ``evaluator.py`` (how it is put together).
 """
 
 from typing import TYPE_CHECKING

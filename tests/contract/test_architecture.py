@@ -15,6 +15,7 @@ from tests.contract.source_tree import (
     belongs_to,
     imports_of,
     known_modules,
+    parse,
     shipped_files,
     source_files,
 )
@@ -102,6 +103,20 @@ def test_model_files_travel_alone(file: SourceFile) -> None:
     assert not outside, f"{file.name} travels with every student; not torch/transformers: {outside}"
     absolute = [f for f in imports_of(file) if belongs_to(f.module, "model") and not f.relative]
     assert not absolute, f"{file.name}: inside model/ imports are relative: {absolute}"
+
+
+def test_the_evaluation_says_who_imports_it() -> None:
+    """Each part of distillation that does is named at the head of the package, and no other is."""
+    found = {
+        file.module.split(".")[1]
+        for file in source_files()
+        if belongs_to(file.module, "distillation")
+        and not belongs_to(file.module, "distillation.evaluation")
+        and any(belongs_to(each.module, "distillation.evaluation") for each in imports_of(file))
+    }
+    told = ast.get_docstring(parse(ROOT / "distillation/evaluation/__init__.py")) or ""
+    about, _, _ = told.partition("trainers never")
+    assert found == set(re.findall(r"``(\w+)``", about)) - {"distillation"}
 
 
 def test_no_import_cycles_at_import_time() -> None:

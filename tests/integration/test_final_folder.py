@@ -14,14 +14,20 @@ from tests.evaluation_samples import save_run, student
 
 # What a user does with the folder, in the order of the tutorials of transformers.
 LOADER = """
-import importlib.util, sys
+import builtins, importlib.util, os, sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
 for ours in ("distillation", "cleangpt", "model", "config_distillation"):
     assert importlib.util.find_spec(ours) is None, ours
+def asked(question=""):  # "Do you wish to run the custom code?": no exception, which may be caught
+    sys.stderr.write(f"a question was asked: {question}\\n")
+    sys.stderr.flush()
+    os._exit(9)
+
+builtins.input = asked
 folder, out = sys.argv[1:]
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
 assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
 assert GenerationConfig.from_pretrained(folder).max_length == 32

@@ -130,8 +130,9 @@ def test_code_travels_with_our_classes_and_not_with_a_subclass(tmp_path: Path) -
 
 
 LOADER = """
-import sys, torch
+import builtins, os, sys, torch
 from transformers import AutoModelForCausalLM
+builtins.input = lambda question="": os._exit(9)  # "Do you wish to run the custom code?"
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 assert "model" not in sys.modules and "config_distillation" not in sys.modules
 ids = torch.arange(1, 6)[None]
