@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import transformers
 
 from benchmarks.families import FAMILIES, tiny_model, try_family
 from benchmarks.teachers import PAGE, page, row
@@ -69,6 +70,10 @@ def test_a_family_that_cannot_be_small_is_not_tried() -> None:
     assert try_family("git").verdict == "not tried"
 
 
+@pytest.mark.skipif(
+    f"transformers {transformers.__version__}." not in Path(PAGE).read_text(encoding="utf-8"),
+    reason="the page is of another version of transformers",
+)
 def test_the_page_has_every_family_once() -> None:
     assert set(verdicts()) == set(FAMILIES)
     written = page([try_family("gpt2")])
