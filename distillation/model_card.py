@@ -14,9 +14,11 @@ from typing import Any, Final
 
 from torch import nn
 
+from cleangpt.errors import UsageError
 from cleangpt.integrity import CARD_NAME, parse_json_object
 from cleangpt.run_directory import write_atomically
 from cleangpt.safe_text import clean_line
+from cleangpt.settings_file import written_settings
 from distillation.evaluation.safe_text import markdown_block, markdown_line
 
 logger = logging.getLogger(__name__)
@@ -24,6 +26,15 @@ logger = logging.getLogger(__name__)
 MARK: Final = "<!-- Written anew by every evaluation, unless this line is deleted. -->"
 """A card without it is the user's own."""
 
+DATA_SETTINGS: Final = (
+    "dataset_name",
+    "dataset_config_name",
+    "dataset_split",
+    "dataset_text_column",
+    "max_samples",
+    "streaming",
+    "stream_tokens",
+)
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _NOT_KEPT = "No command was recorded: it was started in a notebook. What it was given stands below."
 
@@ -87,10 +98,19 @@ def write_card(
 
 
 def _settings(run_dir: Path) -> dict[str, Any]:
+    """Its ``config.json``, and of ``config.yaml``, which the trainer does not see, the data."""
     try:
-        return parse_json_object((run_dir / "config.json").read_bytes())
+        settings = parse_json_object((run_dir / "config.json").read_bytes())
     except (OSError, ValueError):
-        return {}
+        settings = {}
+    try:
+        written = written_settings(run_dir / "config.yaml")
+    except UsageError:  # a run from a notebook has none
+        written = {}
+    data = {name: value for name, value in written.items() if name in DATA_SETTINGS}
+    if "dataset_name" in data:
+        data["dataset_name"] = _without_place(data["dataset_name"])
+    return settings | data
 
 
 def model_card(
@@ -146,9 +166,14 @@ def teacher_name(manifest: dict[str, Any]) -> str:
     name = str(_as_dict(manifest.get("teacher")).get("name") or "")
     if name.endswith("cleangpt/builtin/assets"):
         return "builtin"
-    if _HUB_NAME.fullmatch(name) and not Path(name).exists():
+    return _without_place(name) or "a teacher"
+
+
+def _without_place(name: str) -> str:
+    """A name of a hub as it is, and the last part of a path."""
+    if len(name) < 200 and _HUB_NAME.fullmatch(name) and not Path(name).exists():
         return name
-    return clean_line(name.replace("\\", "/").rstrip("/").rpartition("/")[2], 80) or "a teacher"
+    return clean_line(name.replace("\\", "/").rstrip("/").rpartition("/")[2], 80)
 
 
 def _front_matter(manifest: dict[str, Any], figures: Figures | None) -> str:

@@ -17,6 +17,7 @@ BUILTIN_ASSETS = "cleangpt/builtin/assets"
 FROM_TRAINING = {
     "teacher_model_name_or_path": "--teacher_model_name",
     "teacher_revision": "--teacher_revision",
+    "teacher_device_map": "--teacher_device_map",
     "dataset_name": "--dataset_name",
     "dataset_config_name": "--dataset_config_name",
     "dataset_text_column": "--dataset_text_column",
@@ -243,7 +244,15 @@ def _evaluation_flags(run: Run) -> list[str]:
     name = str(group(run.manifest.get("teacher")).get("name") or "")
     if not settings and name and teacher_name(run) != "builtin":
         found["--teacher_model_name"] = name
-    return [
+    data = settings.get("dataset_name", "builtin")
+    try:
+        is_published = data != "builtin" and not Path(data).exists()
+    except OSError:  # too long for a path
+        is_published = True
+    if is_published:  # it may only have this split
+        found["--dataset_split"] = "validation"
+    streamed = ["--streaming", "--max_samples", "200"] * (settings.get("streaming") == "true")
+    return streamed + [
         part
         for flag, value in found.items()
         if value != "builtin"

@@ -127,5 +127,21 @@ def test_a_manifest_of_any_shape_makes_a_card() -> None:
     assert "0 stages" in model_card(odd, {})
 
 
+def test_the_card_names_the_data_of_a_settings_file(tmp_path: Path) -> None:
+    """Where the command only says ``--config``; of a path no more than its end."""
+    (tmp_path / "final").mkdir()
+    lines = [
+        "dataset_name: /home/someone/stories.txt  # file",
+        "dataset_config_name: '007'  # file",
+    ]
+    (tmp_path / "config.yaml").write_text("\n".join([*lines, "seed: 3", "max_samples: 0"]))
+    path = write_card(tmp_path, {"saved_student": {}, "command": "run --config gone.yaml"})
+    assert path is not None
+    card = path.read_text(encoding="utf-8")
+    assert '"dataset_name": "stories.txt"' in card
+    assert '"dataset_config_name": "007"' in card
+    assert "someone" not in card
+
+
 def test_there_is_no_card_without_a_folder_for_it(tmp_path: Path) -> None:
     assert write_card(tmp_path, {"saved_student": {}}) is None

@@ -370,6 +370,8 @@ def test_the_evaluation_is_named_with_the_settings_of_the_run(tmp_path: Path) ->
     run = write_run(tmp_path / "a run", command="python -m run --config gone.yaml")
     lines = ["dataset_name: my data  # file", "dataset_config_name: '007'  # file"]
     lines += ["dataset_text_column: null  # default", "teacher_model_name_or_path: builtin"]
+    lines += ["streaming: true  # file", "teacher_device_map: auto  # file"]
     (run / "config.yaml").write_text("\n".join(lines))
-    wanted = f"--model_path '{run}' --dataset_name 'my data' --dataset_config_name 007"
+    wanted = f"--model_path '{run}' --streaming --max_samples 200 --teacher_device_map auto"
+    wanted += " --dataset_name 'my data' --dataset_config_name 007 --dataset_split validation"
     assert hints(read_run(run), None)["evaluate"].endswith(f"{wanted} --generate_comparisons")
