@@ -131,7 +131,7 @@ def test_the_card_names_the_data_of_a_settings_file(tmp_path: Path) -> None:
     """Where the command only says ``--config``; of a path no more than its end."""
     (tmp_path / "final").mkdir()
     lines = [
-        "dataset_name: /home/someone/stories.txt  # file",
+        "dataset_name: /data/someone/stories.txt  # file",
         "dataset_config_name: '007'  # file",
     ]
     (tmp_path / "config.yaml").write_text("\n".join([*lines, "seed: 3", "max_samples: 0"]))
