@@ -15,7 +15,8 @@ import multiprocessing
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import PurePath
 from typing import NoReturn, TypeVar
 
@@ -152,6 +153,20 @@ class CommandParser(argparse.ArgumentParser):
             f"unknown {kind} {name}", f"{hint}{self.prog} --help lists every flag and its values."
         )
         raise SystemExit(2)
+
+
+@contextmanager
+def only_warnings(*names: str) -> Iterator[None]:
+    """Let loggers of these names say nothing below a warning meanwhile."""
+    loggers = [logging.getLogger(name) for name in names]
+    before = [each.level for each in loggers]
+    try:
+        for each in loggers:
+            each.setLevel(logging.WARNING)
+        yield
+    finally:
+        for each, level in zip(loggers, before, strict=True):
+            each.setLevel(level)
 
 
 def program_name(module: str) -> str:

@@ -7,14 +7,13 @@ refuses is a failure here, with the same cause, remedy and exit code. Nothing is
 import argparse
 import dataclasses
 import importlib.metadata
-import logging
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from cleangpt.cli import setup_logging
+from cleangpt.cli import only_warnings, setup_logging
 from cleangpt.errors import CleanGPTError, UsageError
 from cleangpt.safe_text import clean_line
 from distillation.commands.data import build_dataloader, find_documents
@@ -110,14 +109,13 @@ def main(argv: list[str] | None = None) -> None:
         SystemExit: With the exit code of the first failure.
     """
     setup_logging()
-    logging.getLogger("distillation").setLevel(logging.WARNING)
-    logging.getLogger("cleangpt").setLevel(logging.WARNING)
-    arguments = parse_arguments(argv, "distillation.doctor")
-    if arguments.print_config:
-        print(arguments.settings_text, end="")
-        return
-    arguments.plan, arguments.plan_device = False, None  # it looks at the run itself
-    examination = examine(arguments)
+    with only_warnings("distillation", "cleangpt"):
+        arguments = parse_arguments(argv, "distillation.doctor")
+        if arguments.print_config:
+            print(arguments.settings_text, end="")
+            return
+        arguments.plan, arguments.plan_device = False, None  # it looks at the run itself
+        examination = examine(arguments)
     states = [verdict.state for verdict in examination.verdicts]
     print(f"{states.count(OK)} ok, {states.count(WARN)} warnings, {states.count(FAIL)} failures")
     if examination.exit_code:

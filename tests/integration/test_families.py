@@ -82,6 +82,7 @@ def test_the_page_has_every_family_once() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # some 150 families, one after another
 def test_the_page_is_what_is_found() -> None:
     found = {family: try_family(family).verdict for family in FAMILIES}
     assert found == verdicts()

@@ -234,3 +234,12 @@ def test_messages_name_the_command_as_it_was_started(
 ) -> None:
     monkeypatch.setattr(sys, "argv", [started])
     assert cli.program_name("distillation.doctor") == shown
+
+
+def test_what_is_quiet_for_a_while_speaks_again() -> None:
+    own = logging.getLogger("quiet.for.a.while")
+    own.setLevel(logging.INFO)
+    with pytest.raises(KeyError), cli.only_warnings("quiet.for.a.while"):
+        assert not own.isEnabledFor(logging.INFO)
+        raise KeyError
+    assert own.isEnabledFor(logging.INFO)

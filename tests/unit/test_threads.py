@@ -167,6 +167,7 @@ def test_only_commands_set_threads() -> None:
         "cleangpt/runtime/threads.py",
         "distillation/commands/distil.py",
         "distillation/commands/doctor.py",
+        "distillation/commands/dry_steps.py",
         "distillation/evaluation/evaluate_distilled_model.py",
         "distillation/evaluation/lm_eval.py",
     }
