@@ -10,6 +10,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.contract.documents import (
     NAMED_CODE,
@@ -110,6 +111,21 @@ def test_links_lead_somewhere(page: Path) -> None:
             for slug in (repository_slug, site_slug):
                 slugs = {slug(heading) for heading in headings(found)}
                 assert anchor in slugs, f"{name(page)} links to {target}, there are {sorted(slugs)}"
+
+
+def test_every_page_is_in_the_navigation_once() -> None:
+    """What the strict build of the site asks too, here without mkdocs."""
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    # The pages of the API reference are made by docs/site_hooks.py.
+    listed = [page for page in named_pages(site["nav"]) if not page.startswith("reference/")]
+    assert sorted(listed) == sorted(page.relative_to(ROOT / "docs").as_posix() for page in DOCS)
+
+
+def named_pages(entry: object) -> list[str]:
+    """The files of a navigation, however deep they stand."""
+    if isinstance(entry, dict):
+        entry = list(entry.values())
+    return [entry] if isinstance(entry, str) else [p for e in entry for p in named_pages(e)]
 
 
 def repository_slug(heading: str) -> str:
