@@ -128,6 +128,28 @@ def named_pages(entry: object) -> list[str]:
     return [entry] if isinstance(entry, str) else [p for e in entry for p in named_pages(e)]
 
 
+@pytest.mark.parametrize("page", [README, ROOT / "docs" / "architecture.md"], ids=name)
+def test_the_tree_names_what_is_there(page: Path) -> None:
+    (tree,) = [block.code for block in read_blocks(page, "") if "distillation/" in block.code]
+    files = {path.name for path in ROOT.glob("*.py")}
+    folders = {path.name for path in ROOT.iterdir() if path.is_dir()}
+    for package in ("cleangpt", "distillation", "model", "examples", "benchmarks"):
+        files |= {path.name for path in (ROOT / package).rglob("*.py")}
+        folders |= {path.name for path in (ROOT / package).rglob("*") if path.is_dir()}
+    assert set(re.findall(r"\w+\.py\b", tree)) <= files
+    assert set(re.findall(r"(\w+)/", tree)) <= folders
+
+
+def test_where_things_are_names_every_module() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    for package in ("cleangpt", "distillation", "model"):
+        folder = ROOT / package
+        modules = {path.name for path in folder.glob("*.py")} - {"__init__.py"}
+        parts = {f"{path.parent.name}/" for path in folder.glob("*/__init__.py")}
+        unnamed = sorted(part for part in modules | parts if part not in page)
+        assert not unnamed, f"docs/architecture.md does not name {unnamed} of {package}/"
+
+
 def repository_slug(heading: str) -> str:
     """The anchor of a heading where the repository is browsed."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
