@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from tqdm.auto import tqdm
 
 from cleangpt.disk_errors import disk_errors_explained
+from cleangpt.integrity import parse_json_object
 from cleangpt.metrics_table import MetricsTable
 
 logger = logging.getLogger(__name__)
@@ -69,8 +70,8 @@ class MetricsLog:
         found = []
         for line in text.splitlines():
             with contextlib.suppress(ValueError):
-                record = json.loads(line)
-                if isinstance(record, dict) and "event" in record:
+                record = parse_json_object(line)
+                if "event" in record:
                     found.append(record)
         return found
 

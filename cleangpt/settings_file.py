@@ -153,11 +153,10 @@ def _entries(path: Path) -> Iterable[tuple[yaml.ScalarNode, yaml.Node]]:
             raise UsageError(f"{path} is too long for a file of settings.", remedy)
         root = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
     except OSError as error:
-        reason, remedy = (
-            error.strerror or error,
+        raise UsageError(
+            f"{path} cannot be read: {error.strerror or error}.",
             "Check its name; --print_config shows such a file.",
-        )
-        raise UsageError(f"{path} cannot be read: {reason}.", remedy) from error
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}, line {mark.line + 1}" if mark else str(path)

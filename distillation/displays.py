@@ -186,9 +186,8 @@ def _losses(results: Mapping[str, Any]) -> dict[str, Points]:
 
 
 def _is_number(value: Any) -> bool:
-    return (
-        isinstance(value, int | float) and abs(value) < 1e300
-    )  # JSON has whole numbers of any length
+    # JSON has whole numbers of any length, and a picture needs room above the largest.
+    return isinstance(value, int | float) and abs(value) < 1e300
 
 
 def _aligned(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
