@@ -10,7 +10,6 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cleangpt.cli import setup_logging
@@ -279,23 +278,10 @@ def evaluation_command(arguments: argparse.Namespace, student_path: str) -> str:
     """The command that evaluates this run's student against its teacher on held-out text."""
     import shlex
 
-    words = ["python", "-m", "distillation.evaluation.evaluate_distilled_model"]
-    words += ["--model_path", student_path]
+    from distillation.evaluation.flags import EVALUATE, evaluation_flags
+
+    words = [*EVALUATE, "--model_path", student_path]
     if not arguments.start_student and arguments.student_model_type != HF_STUDENT:
         words += ["--model_type", arguments.student_model_type]
-    words += ["--teacher_model_name", arguments.teacher_model_name_or_path]
-    if arguments.teacher_revision:
-        words += ["--teacher_revision", arguments.teacher_revision]
-    if arguments.teacher_device_map:
-        words += ["--teacher_device_map", arguments.teacher_device_map]
-    words += ["--dataset_name", arguments.dataset_name]
-    if arguments.dataset_name != "builtin" and not Path(arguments.dataset_name).exists():
-        # Ours always have a test split; a published data set may only have this one.
-        words += ["--dataset_split", "validation"]
-    if arguments.dataset_config_name:
-        words += ["--dataset_config_name", arguments.dataset_config_name]
-    if arguments.dataset_text_column:
-        words += ["--dataset_text_column", arguments.dataset_text_column]
-    if arguments.streaming:
-        words += ["--streaming", "--max_samples", "200"]
+    words += evaluation_flags(vars(arguments))
     return shlex.join([*words, "--generate_comparisons"])

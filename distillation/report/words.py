@@ -8,21 +8,12 @@ from typing import Any
 from cleangpt.errors import UsageError
 from cleangpt.settings_file import written_settings
 from distillation.evaluation import tables
+from distillation.evaluation.flags import EVALUATE, evaluation_flags
 from distillation.evaluation.results import EvaluationResult
 from distillation.recipes import RECIPES, Recipe
 from distillation.report.run_files import Run, group, is_count, number, shown
 
-EVALUATE = "python -m distillation.evaluation.evaluate_distilled_model"
 BUILTIN_ASSETS = "cleangpt/builtin/assets"
-FROM_TRAINING = {
-    "teacher_model_name_or_path": "--teacher_model_name",
-    "teacher_revision": "--teacher_revision",
-    "teacher_device_map": "--teacher_device_map",
-    "dataset_name": "--dataset_name",
-    "dataset_config_name": "--dataset_config_name",
-    "dataset_text_column": "--dataset_text_column",
-}
-"""Settings of the training that the evaluation needs, and its own flags for them."""
 ENDINGS = {
     "stopped": "It was stopped before its end; the command that began it goes on with --resume.",
     "failed": "It failed before its end.",
@@ -212,19 +203,19 @@ def recipe_sentence(settings: dict[str, Any]) -> str:
 
 def hints(run: Run | None, result: EvaluationResult | None) -> dict[str, str]:
     """By what is missing, the command that makes it."""
-    own = [EVALUATE, "--model_path", "MODEL"]
+    own = [*EVALUATE, "--model_path", "MODEL"]
     own_plan = "python -m examples.run_distillation_example --plan"
     watch = ""
     command = "" if result is None else str(result["environment"].get("command") or "")
     if run is not None:
-        own = [EVALUATE, "--model_path", shlex.quote(str(run.path)), *_evaluation_flags(run)]
+        own = [*own[:-1], str(run.path), *evaluation_flags(_training_settings(run))]
         watch = f"python -m distillation.report --watch {shlex.quote(str(run.path))}"
         started = str(run.manifest.get("command") or "")
         own_plan = f"{started} --plan" if "--output_dir" in started else own_plan
-    evaluate = command or " ".join(own)
+    evaluate = command or shlex.join(own)
     start = "PATH" if run is None else shlex.quote(str(run.path / "start"))
     return {
-        "evaluate": " ".join([*own, "--generate_comparisons"]),
+        "evaluate": shlex.join([*own, "--generate_comparisons"]),
         "generate": evaluate
         if "--generate_comparisons" in evaluate
         else f"{evaluate} --generate_comparisons",
@@ -234,27 +225,13 @@ def hints(run: Run | None, result: EvaluationResult | None) -> dict[str, str]:
     }
 
 
-def _evaluation_flags(run: Run) -> list[str]:
-    """Teacher and data as the training's settings name them; the evaluation's defaults left out."""
+def _training_settings(run: Run) -> dict[str, Any]:
+    """What the evaluation takes over from the training."""
     try:
-        settings = written_settings(run.path / "config.yaml")
+        settings: dict[str, Any] = dict(written_settings(run.path / "config.yaml"))
     except UsageError:  # a run from a notebook has none
-        settings = {}
-    found = {flag: settings[name] for name, flag in FROM_TRAINING.items() if name in settings}
-    name = str(group(run.manifest.get("teacher")).get("name") or "")
-    if not settings and name and teacher_name(run) != "builtin":
-        found["--teacher_model_name"] = name
-    data = settings.get("dataset_name", "builtin")
-    try:
-        is_published = data != "builtin" and not Path(data).exists()
-    except OSError:  # too long for a path
-        is_published = True
-    if is_published:  # it may only have this split
-        found["--dataset_split"] = "validation"
-    streamed = ["--streaming", "--max_samples", "200"] * (settings.get("streaming") == "true")
-    return streamed + [
-        part
-        for flag, value in found.items()
-        if value != "builtin"
-        for part in (flag, shlex.quote(value))
-    ]
+        name = str(group(run.manifest.get("teacher")).get("name") or "")
+        known = name and teacher_name(run) != "builtin"
+        return {"teacher_model_name_or_path": name} if known else {}
+    settings["streaming"] = settings.get("streaming") == "true"
+    return settings

@@ -372,6 +372,7 @@ def test_the_evaluation_is_named_with_the_settings_of_the_run(tmp_path: Path) ->
     lines += ["dataset_text_column: null  # default", "teacher_model_name_or_path: builtin"]
     lines += ["streaming: true  # file", "teacher_device_map: auto  # file"]
     (run / "config.yaml").write_text("\n".join(lines))
-    wanted = f"--model_path '{run}' --streaming --max_samples 200 --teacher_device_map auto"
+    wanted = f"--model_path '{run}' --teacher_model_name builtin --teacher_device_map auto"
     wanted += " --dataset_name 'my data' --dataset_config_name 007 --dataset_split validation"
+    wanted += " --streaming --max_samples 200"
     assert hints(read_run(run), None)["evaluate"].endswith(f"{wanted} --generate_comparisons")
