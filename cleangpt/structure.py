@@ -131,3 +131,8 @@ def first_output(output: Any) -> Tensor:
     """A block's raw output: some families return it first in a tuple or list."""
     state: Tensor = output[0] if isinstance(output, (tuple, list)) else output
     return state
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters as stored; a tensor that two modules share counts once."""
+    return sum(parameter.numel() for parameter in model.parameters())

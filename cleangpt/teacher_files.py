@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from cleangpt.errors import InputError
 from cleangpt.integrity import check_sums
+from cleangpt.structure import count_parameters
 from cleangpt.teacher_source import TEACHER_FLAG, TeacherSource
 from cleangpt.weight_files import check_blocks, check_file, check_folder, weight_files
 
@@ -64,7 +65,7 @@ def check_size(source: TeacherSource, config: Any, tensors: int) -> None:
             outline = AutoModelForCausalLM.from_config(
                 config, trust_remote_code=False, **attention_of(config)
             )
-        parameters = sum(parameter.numel() for parameter in outline.parameters())
+        parameters = count_parameters(outline)
         if parameters > PARAMETERS_PER_BYTE * size:
             raise ValueError(f"{parameters:,} parameters are described, in {size:,} bytes of files")
     except Exception as error:  # every family checks its fields with errors of its own

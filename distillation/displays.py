@@ -16,6 +16,7 @@ from cleangpt.integrity import parse_json_object
 from cleangpt.manifest import read_manifest
 from cleangpt.metrics_log import format_seconds
 from cleangpt.safe_text import clean_line
+from cleangpt.structure import count_parameters
 
 if TYPE_CHECKING:
     from cleangpt.blocks import BlockStack
@@ -128,7 +129,7 @@ def _state(trainer: Any) -> str:
 
 
 def _shown_model(stack: "BlockStack") -> str:
-    parameters = sum(parameter.numel() for parameter in stack.model.parameters())
+    parameters = count_parameters(stack.model)
     return (
         f"{type(stack.model).__name__}, {stack.num_blocks} blocks x {stack.hidden_size},"
         f" vocabulary {stack.vocab_size:,}, {parameters:,} parameters"

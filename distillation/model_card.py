@@ -19,6 +19,7 @@ from cleangpt.integrity import CARD_NAME, parse_json_object
 from cleangpt.run_directory import write_atomically
 from cleangpt.safe_text import clean_line
 from cleangpt.settings_file import written_settings
+from cleangpt.structure import count_parameters
 from distillation.evaluation.safe_text import markdown_block, markdown_line
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ def saved_student(student: nn.Module, layer_map: Sequence[int]) -> dict[str, Any
         needs = "its class"
     return {
         "class": type(student).__name__,
-        "parameters": sum(parameter.numel() for parameter in student.parameters()),
+        "parameters": count_parameters(student),
         "needs": needs,
         "layer_map": list(layer_map),
     }

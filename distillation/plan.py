@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from cleangpt.blocks import BlockStack
 from cleangpt.metrics_log import format_seconds
+from cleangpt.structure import count_parameters
 from distillation.cache_plan import CachePlan, shown_bytes
 from distillation.disk_needs import disk_needs, trains_whole_student
 from distillation.losses.chunked import LOGITS_AT_ONCE
@@ -229,7 +228,7 @@ def memory_parts(
         training = max(training, polish_memory(student, work))
     stitch = stitch_parameters(teacher, student)
     frozen = sum(parameter.nbytes for parameter in teacher.model.parameters())
-    weights = parameters(student.model) + student.num_blocks * stitch
+    weights = count_parameters(student.model) + student.num_blocks * stitch
     return {
         "both models and the stitches": frozen + 4 * weights,
         "kept states": kept_bytes,
@@ -243,11 +242,6 @@ def block_flops(stack: BlockStack, index: int, seq_len: int) -> float:
     """Operations of one block's forward pass, per token."""
     weights = sum(p.numel() for p in stack.block(index).parameters() if p.ndim >= 2)
     return 2.0 * weights + 2.0 * seq_len * stack.hidden_size
-
-
-def parameters(model: nn.Module) -> int:
-    """Stored parameters; a shared tensor counts once."""
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def stitch_parameters(teacher: BlockStack, student: BlockStack) -> int:
@@ -357,12 +351,12 @@ def _estimate(
 
 def stage_memory(student: BlockStack, work: Workload, block: int) -> int:
     """Gradients, moments and the graph of one block in training."""
-    blocks = [parameters(student.block(index)) for index in range(student.num_blocks)]
+    blocks = [count_parameters(student.block(index)) for index in range(student.num_blocks)]
     trained = blocks[block]
     if block == 0:  # what is no block is the embeddings, mostly
-        trained += parameters(student.model) - sum(blocks)
+        trained += count_parameters(student.model) - sum(blocks)
     if trains_whole_student(work.schedule, work.freeze_previous):
-        trained = parameters(student.model)
+        trained = count_parameters(student.model)
     # What a block's graph keeps: norms, queries, keys, values, the MLP inside and out.
     graph = work.batch_size * work.seq_len * 20 * student.hidden_size * 4
     return ADAM_BYTES * trained + graph
@@ -381,7 +375,7 @@ def chunk_memory(student: BlockStack, work: Workload) -> int:
 
 def polish_memory(student: BlockStack, work: Workload) -> int:
     """Gradients and moments of everything, the graph of all blocks, and one chunk of logits."""
-    trained = parameters(student.model) + head_parameters(student)
+    trained = count_parameters(student.model) + head_parameters(student)
     graph = work.batch_size * work.seq_len * 20 * student.hidden_size * 4 * student.num_blocks
     return ADAM_BYTES * trained + graph + chunk_memory(student, work)
 

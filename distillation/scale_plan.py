@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from cleangpt.blocks import BlockStack
 from cleangpt.metrics_log import format_seconds
+from cleangpt.structure import count_parameters
 from distillation.accelerators import Cluster
 from distillation.cache_plan import CachePlan, needed_bytes, plan_cache, shown_bytes
 from distillation.disk_needs import disk_needs, trains_whole_student
@@ -23,7 +24,6 @@ from distillation.plan import (
     block_flops,
     chunk_memory,
     head_parameters,
-    parameters,
     plan_run,
     polish_memory,
     stage_memory,
@@ -262,7 +262,7 @@ def device_costs(
         moved = _OPTIMIZER_TRAFFIC * trained / cluster.kind.memory_rate
         return moved + cluster.reduced(4.0 * trained) / cluster.link
 
-    block = parameters(student.block(0)) + stitch_parameters(teacher, student)
+    block = count_parameters(student.block(0)) + stitch_parameters(teacher, student)
     step = 3 * (forward[1] + stitch) / cluster.flops
     return Costs(
         teacher_block=forward[0] / cluster.flops,
@@ -289,7 +289,7 @@ class _LayOut:
         self.teacher, self.student = teacher, student
         self.work, self.local = work, local
         self.cluster, self.setup, self.run = cluster, setup, run
-        self.block_bytes = float(setup.teacher_itemsize * parameters(teacher.block(0)))
+        self.block_bytes = float(setup.teacher_itemsize * count_parameters(teacher.block(0)))
 
     def stage(self, index: int, own: StageEstimate) -> StageNeeds:
         """What one stage needs."""
@@ -317,9 +317,10 @@ class _LayOut:
         if name == "lm-head":
             return head
         if name == "polish":
-            return parameters(self.student.model) + head
+            return count_parameters(self.student.model) + head
         block = int(name.removeprefix("block-"))
-        own = parameters(self.student.block(block)) + stitch_parameters(self.teacher, self.student)
+        own = count_parameters(self.student.block(block))
+        own += stitch_parameters(self.teacher, self.student)
         return own + (outside_blocks(self.student) if block == 0 else 0)
 
     def gathers(self, index: int, own: StageEstimate) -> int:
@@ -363,7 +364,7 @@ class _LayOut:
             block = int(name.removeprefix("block-"))
             alone = replace(work, schedule="sequential", freeze_previous=True)
             graph = stage_memory(student, alone, block)
-            learning = parameters(student.block(block))
+            learning = count_parameters(student.block(block))
             graph -= ADAM_BYTES * (learning + (outside_blocks(student) if block == 0 else 0))
         return states + graph
 

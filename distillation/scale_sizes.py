@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cleangpt.blocks import BlockStack
+from cleangpt.structure import count_parameters
 from distillation.accelerators import Cluster
-from distillation.plan import Workload, head_parameters, parameters, stitch_parameters
+from distillation.plan import Workload, head_parameters, stitch_parameters
 
 _POINTS = [(index + 0.5) / 200 for index in range(200)]
 
@@ -55,8 +56,8 @@ class DeviceMemory:
 
 def outside_blocks(stack: BlockStack) -> int:
     """Parameters of embeddings, final norm and a head of its own."""
-    blocks = sum(parameters(stack.block(index)) for index in range(stack.num_blocks))
-    return parameters(stack.model) - blocks
+    blocks = sum(count_parameters(stack.block(index)) for index in range(stack.num_blocks))
+    return count_parameters(stack.model) - blocks
 
 
 def blocks_whole(layer_map: Sequence[int]) -> int:
@@ -109,10 +110,10 @@ def teacher_bytes(teacher: BlockStack, work: Workload, cluster: Cluster, setup: 
         setup: How the run is laid out.
     """
     outside = outside_blocks(teacher)
-    blocks = parameters(teacher.model) - outside
+    blocks = count_parameters(teacher.model) - outside
     if not setup.shards_teacher:
         return float(setup.teacher_itemsize * (outside + blocks))
-    largest = max(parameters(teacher.block(index)) for index in range(teacher.num_blocks))
+    largest = max(count_parameters(teacher.block(index)) for index in range(teacher.num_blocks))
     # One more than stay whole: a block is received into a buffer and copied out of it.
     whole = (blocks_whole(work.layer_map) + 1) * largest
     return setup.teacher_itemsize * (outside + blocks / cluster.count + whole)
@@ -121,7 +122,7 @@ def teacher_bytes(teacher: BlockStack, work: Workload, cluster: Cluster, setup: 
 def student_bytes(teacher: BlockStack, student: BlockStack) -> float:
     """The student's weights, all stitches, and the head once it has a weight of its own."""
     stitches = student.num_blocks * stitch_parameters(teacher, student)
-    return 4.0 * (parameters(student.model) + head_parameters(student) + stitches)
+    return 4.0 * (count_parameters(student.model) + head_parameters(student) + stitches)
 
 
 def fit_bytes(teacher: BlockStack, student: BlockStack) -> float:

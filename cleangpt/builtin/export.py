@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from cleangpt.builtin.corpus import builtin_texts, corpus_fingerprint
 from cleangpt.builtin.pretraining import PretrainingState, mean_loss
 from cleangpt.builtin.settings import PretrainingSettings
+from cleangpt.structure import count_parameters
 
 PROMPT: Final = "Return a list of"
 
@@ -131,7 +132,7 @@ def export_teacher(
     card = CARD.format(
         **asdict(settings),
         **_circumstances(state, settings, streams),
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=count_parameters(model),
         rows="\n".join(_row(split, figure) for split, figure in figures.items()),
         stride=settings.context_length // 2,
         unrounded=unrounded,

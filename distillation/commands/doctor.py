@@ -178,7 +178,7 @@ def look_at_output(arguments: argparse.Namespace) -> tuple[Path, Finding]:
 
     path = Path(arguments.output_dir)
     run, holder = RunDirectory(path), holder_of(path)
-    earlier = earlier_run(path, holder)
+    earlier, unfinished = earlier_run(path, holder)
     try:
         replaced = run.check_room(arguments.overwrite, arguments.resume)
     except UsageError as error:
@@ -188,24 +188,24 @@ def look_at_output(arguments: argparse.Namespace) -> tuple[Path, Finding]:
     if arguments.resume:
         run.manifest()  # refuses a damaged one
     advice = "It is unfinished: --resume instead of --overwrite goes on with it."
-    wasted = replaced and "unfinished" in earlier
     found = " ".join(["replaces the run that is there."] * bool(replaced) + [earlier]).strip()
-    return path, Finding(f"{path}: {found or 'free'}", advice if wasted else "")
+    return path, Finding(f"{path}: {found or 'free'}", advice if replaced and unfinished else "")
 
 
-def earlier_run(path: Path, holder: str | None) -> str:
-    """A sentence about the run in a directory; empty without one."""
+def earlier_run(path: Path, holder: str | None) -> tuple[str, bool]:
+    """A sentence about the run in a directory, empty without one; whether it could go on."""
     from cleangpt.manifest import read_manifest
 
     try:
         status = (read_manifest(path) or {}).get("status")
     except CleanGPTError as error:
-        return error.cause
+        return error.cause, False
     if holder is not None:
-        return f"Another run holds it now ({holder or 'unknown process'})."
+        return f"Another run holds it now ({holder or 'unknown process'}).", False
     if status is None or status == "done":
-        return f"The run there is {status}." if status else ""
-    return f"The run there is unfinished ({'killed' if status == 'running' else status})."
+        return f"The run there is {status}." if status else "", False
+    how = "killed" if status == "running" else status
+    return f"The run there is unfinished ({how}).", True
 
 
 def look_at_device(arguments: argparse.Namespace) -> "tuple[torch.device, Finding]":
@@ -230,6 +230,7 @@ def look_at_teacher(
 ) -> "tuple[Teacher, Finding]":
     """Loads it: its structure is found and its numbers are finite, or that refuses it."""
     from cleangpt.blocks import BlockStack
+    from cleangpt.structure import count_parameters
     from cleangpt.teacher_source import check_teacher_name
     from distillation.preflight import check_structure
 
@@ -241,7 +242,8 @@ def look_at_teacher(
     context = stack.context_length
     found = (
         f"{name}: {type(teacher.model).__name__}, {stack.num_blocks} blocks of width"
-        f" {stack.hidden_size}, {count(teacher.model):,} parameters, context {context or 'free'}"
+        f" {stack.hidden_size}, {count_parameters(teacher.model):,} parameters,"
+        f" context {context or 'free'}"
     )
     longer = context is not None and arguments.block_size > context
     return teacher, Finding(found, f"Set --block_size to {context} or less." if longer else "")
@@ -278,16 +280,18 @@ def look_at_student(
 ) -> "tuple[nn.Module, Finding]":
     """Builds it, for this teacher."""
     from cleangpt.blocks import BlockStack
+    from cleangpt.structure import count_parameters
     from distillation.preflight import check_vocabulary, check_widths
 
     student = build_student(arguments, teacher, registered)
     stack, teacher_stack = BlockStack(student), BlockStack(teacher.model)
     check_vocabulary(teacher_stack, stack, teacher.tokenizer)
     check_widths(teacher_stack, stack, stitched=arguments.use_stitching_layers)
-    share = count(student) / count(teacher.model)
+    parameters = count_parameters(student)
+    share = parameters / count_parameters(teacher.model)
     found = (
         f"{type(student).__name__}, {stack.num_blocks} blocks of width {stack.hidden_size},"
-        f" {count(student):,} parameters: {share:.0%} of the teacher's, before the head is untied"
+        f" {parameters:,} parameters: {share:.0%} of the teacher's, before the head is untied"
     )
     advice = "It is no smaller than its teacher: lower --student_n_embd or --student_n_layer."
     return student, Finding(found, advice if share >= 1 else "")
@@ -297,6 +301,7 @@ def look_at_windows(
     arguments: argparse.Namespace, source: Any, teacher: "Teacher", student: "nn.Module"
 ) -> tuple[Any, Finding]:
     """Tokens and batches; few of them teach little."""
+    from cleangpt.structure import count_parameters
     from distillation.cache_plan import positions_in
 
     sample, times = sample_of(source)
@@ -311,7 +316,7 @@ def look_at_windows(
     size = "" if positions is None else f"{positions:,} positions in {len(loader):,} batches, "
     about = "" if times == 1 else f"by the first {SAMPLE_CHARACTERS:,} characters about "
     finding = f"{about}{size}{1 - valid:.0%} padding in the first"
-    few = positions is not None and positions * PARAMETERS_PER_TOKEN < count(student)
+    few = positions is not None and positions * PARAMETERS_PER_TOKEN < count_parameters(student)
     advice = f"Fewer than one token for {PARAMETERS_PER_TOKEN} parameters: give it more text."
     return loader, Finding(finding, advice if few else "")
 
@@ -391,8 +396,3 @@ def dry_finding(
     rising = [step.stage for step in steps.losses if step.last > RISE * step.first]
     advice = f"The loss of {', '.join(rising)} rises: lower its learning rate." if rising else ""
     return True, Finding(f"loss on one batch: {shown}", advice or steps.advice)
-
-
-def count(model: "nn.Module") -> int:
-    """Parameters, each once."""
-    return sum(parameter.numel() for parameter in model.parameters())

@@ -104,8 +104,10 @@ def few_threads(model: "nn.Module") -> Iterator[None]:
     """One thread for a small model: several wait for each other where others use the cores."""
     import torch
 
+    from cleangpt.structure import count_parameters
+
     before = torch.get_num_threads()
-    if sum(parameter.numel() for parameter in model.parameters()) < SMALL_MODEL:
+    if count_parameters(model) < SMALL_MODEL:
         torch.set_num_threads(1)
     try:
         yield

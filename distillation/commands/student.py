@@ -54,6 +54,7 @@ def build_student(
 def describe(student: "nn.Module", teacher: "Teacher") -> None:
     """Log what the student is."""
     from cleangpt.blocks import BlockStack
+    from cleangpt.structure import count_parameters
 
     stack = BlockStack(student)
     logger.info(
@@ -61,8 +62,8 @@ def describe(student: "nn.Module", teacher: "Teacher") -> None:
         type(student).__name__,
         stack.num_blocks,
         stack.hidden_size,
-        f"{sum(p.numel() for p in student.parameters()):,}",
-        f"{sum(p.numel() for p in teacher.model.parameters()):,}",
+        f"{count_parameters(student):,}",
+        f"{count_parameters(teacher.model):,}",
     )
 
 

@@ -29,6 +29,7 @@ from cleangpt.runtime.module_state import preserved_modes, tensors_fingerprint
 from cleangpt.runtime.placement import to_device
 from cleangpt.runtime.precision import choose_precision
 from cleangpt.runtime.ranks import join
+from cleangpt.structure import count_parameters
 from cleangpt.trackers import tracked
 from distillation.activations import Activations
 from distillation.batch import Batch, as_batch
@@ -385,8 +386,3 @@ def plain_config(config: Any) -> dict[str, Any]:
     """A model's configuration as JSON holds it."""
     plain: dict[str, Any] = json.loads(json.dumps(config.to_dict(), default=str))
     return plain
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Stored parameters; a tensor shared by two modules counts once."""
-    return sum(parameter.numel() for parameter in model.parameters())

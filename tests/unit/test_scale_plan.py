@@ -12,10 +12,11 @@ import torch
 from cleangpt.blocks import BlockStack
 from cleangpt.errors import CleanGPTError
 from cleangpt.runtime.ranks import Ranks
+from cleangpt.structure import count_parameters
 from distillation.accelerators import ACCELERATORS, Accelerator, Cluster
 from distillation.commands.scale import PLAN_DEVICES, check_scale_flags, plan_for_cluster
 from distillation.commands.settings import parse_arguments
-from distillation.plan import Workload, block_flops, parameters
+from distillation.plan import Workload, block_flops
 from distillation.scale_advice import advice
 from distillation.scale_plan import ScalePlan, device_costs, plan_at_scale
 from distillation.scale_sizes import Setup, blocks_whole, copies, outside_blocks
@@ -60,7 +61,7 @@ def test_times_follow_the_rates() -> None:
     local = dataclasses.replace(WORK, batch_size=2)
     costs = device_costs(teacher, student, local, FOUR)
     assert costs.teacher_block == pytest.approx(24 * block_flops(teacher, 0, 12) / 0.5e9)
-    trained = parameters(student.block(1)) + STITCH
+    trained = count_parameters(student.block(1)) + STITCH
     # Four devices are two nodes: the network rules. Each sends 2 (4 - 1) / 4 times the gradients.
     summed = 1.5 * 4 * trained / (0.5 * 1e7)
     step = 3 * 24 * (block_flops(student, 0, 12) + 2 * WIDTH * 16) / 0.5e9
@@ -101,10 +102,10 @@ def test_rows_change_their_process_as_often_as_planned(batch_size: int, devices:
 def test_a_spread_teacher_takes_its_share_and_the_blocks_in_use() -> None:
     teacher = models()[0]
     whole, spread = planned(), planned(shards_teacher=True)
-    blocks = parameters(teacher.model) - outside_blocks(teacher)
-    assert whole.peak.memory.teacher == 4 * parameters(teacher.model)
+    blocks = count_parameters(teacher.model) - outside_blocks(teacher)
+    assert whole.peak.memory.teacher == 4 * count_parameters(teacher.model)
     assert blocks_whole((0, 2)) == 2
-    in_use = 3 * parameters(teacher.block(0))
+    in_use = 3 * count_parameters(teacher.block(0))
     expected = outside_blocks(teacher) + blocks / 4 + in_use
     assert spread.peak.memory.teacher == 4 * expected
     # Block 0 runs in the first stage, 1 and 2 in the second, none is left for the head.
@@ -119,10 +120,10 @@ def test_a_stage_sums_what_it_trains() -> None:
     student = models()[1]
     polished = planned(dataclasses.replace(WORK, polish_epochs=1))
     first, second, head, polish = (stage.reduced_bytes // 4 for stage in polished.stages)
-    assert second == parameters(student.block(1)) + STITCH
-    assert first == parameters(student.block(0)) + STITCH + outside_blocks(student)
+    assert second == count_parameters(student.block(1)) + STITCH
+    assert first == count_parameters(student.block(0)) + STITCH + outside_blocks(student)
     assert head == VOCAB * 16
-    assert polish == parameters(student.model) + VOCAB * 16
+    assert polish == count_parameters(student.model) + VOCAB * 16
     assert polished.stages[1].memory.training == 12 * second
 
 
