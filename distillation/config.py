@@ -99,8 +99,9 @@ class DistillationConfig:
             float32), or "auto": bf16 on a GPU that has it, or where a short measurement finds it
             faster. The log and the manifest say which: results differ by rounding, so name one to
             compare machines.
-        compile_blocks: Whether to compile each student block with ``torch.compile``: seconds per
-            block to start with, then faster steps; needs a C++ compiler, or Triton on a GPU.
+        compile_blocks: Whether to compile each student block, and on a GPU the divergence of the
+            logits into one kernel, with ``torch.compile``: seconds per block to start with, then
+            faster steps; needs a C++ compiler, or Triton on a GPU.
         checkpoint_minutes: Minutes between two checkpoints inside a stage, >= 0; 0 makes none but
             those at the ends of stages, where the one before is older than ten seconds. All are
             made by ``DistillationTrainer``, none by the trainer of one stage.

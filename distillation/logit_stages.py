@@ -61,6 +61,12 @@ class HeadStage(Stage):
             modules["lm_head"] = self.student.lm_head
         return modules
 
+    def compilable(self) -> list[nn.Module]:
+        """The loss, where its kernel is used: on an accelerator."""
+        kernel = getattr(self.loss_fn, "kernel", None)
+        on_cpu = self.student.device.type == "cpu"
+        return [kernel] if isinstance(kernel, nn.Module) and not on_cpu else []
+
     def forget_states(self) -> None:
         """Make room for the states of other windows."""
         self.activations.forget()
@@ -167,8 +173,9 @@ class PolishStage(HeadStage):
         return modules
 
     def compilable(self) -> list[nn.Module]:
-        """All student blocks."""
-        return [self.student.block(index) for index in range(self.student.num_blocks)]
+        """The loss and all student blocks."""
+        blocks = [self.student.block(index) for index in range(self.student.num_blocks)]
+        return [*super().compilable(), *blocks]
 
     def loss(self, batch: Batch) -> Float[Tensor, ""]:
         """Return the weighted logit loss plus the weighted mean of the blocks' hidden losses."""

@@ -346,7 +346,7 @@ def _add_run_flags(parser: CommandParser) -> None:
     add("--device", choices=("cpu", "cuda", "mps"), help=fastest)
     for name, text in (
         ("plan", "only print stages, time, memory and disk; nothing is loaded or trained"),
-        ("compile_blocks", "compile each student block with torch.compile"),
+        ("compile_blocks", "torch.compile each student block, and the logit loss on a GPU"),
         ("resume", "go on with a run that was stopped in --output_dir, or begin one"),
         ("overwrite", "replace an earlier run in --output_dir"),
         ("keep_start", "also save the untrained student, in start/"),

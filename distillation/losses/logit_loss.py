@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distillation.losses.divergence import (
+    DivergenceKernel,
     at_least_float32,
     check_loss_choice,
     check_same_shape,
@@ -46,6 +47,7 @@ class LogitDistillationLoss(nn.Module):
         check_loss_choice(loss_type, self.LOSS_TYPES, temperature)
         self.loss_type = loss_type
         self.temperature = temperature
+        self.kernel = DivergenceKernel()  # of "kl_div"; compiled with ``compile_blocks``
 
     def forward(
         self,
@@ -59,7 +61,7 @@ class LogitDistillationLoss(nn.Module):
         """
         check_same_shape(student_logits, teacher_logits)
         if self.loss_type == "kl_div":
-            return tempered_kl(student_logits, teacher_logits, self.temperature)
+            return tempered_kl(student_logits, teacher_logits, self.temperature, self.kernel)
         student, teacher = at_least_float32(student_logits), at_least_float32(teacher_logits)
         if self.loss_type == "mse":
             return F.mse_loss(student, teacher)

@@ -43,6 +43,15 @@ def test_kept_states_give_the_losses_of_computed_ones(tmp_path: Path, kind: str)
     assert kept[1] == pytest.approx(streamed[1], rel=1e-5)
 
 
+def test_a_compiled_logit_loss_gives_the_losses_of_the_plain_one(tmp_path: Path) -> None:
+    plain, fused = (
+        run(tmp_path / str(wanted), compile_blocks=wanted, precision="fp32")
+        for wanted in (False, True)
+    )
+    assert fused[0] == pytest.approx(plain[0], rel=1e-4)
+    assert fused[1] == pytest.approx(plain[1], rel=1e-4)
+
+
 def test_the_gpu_trains_to_the_losses_of_the_cpu(tmp_path: Path) -> None:
     from tests.builders import backbone_trainer
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from distillation.losses import DistillationLoss, LogitDistillationLoss, TargetStatistics
+from distillation.losses.divergence import DivergenceKernel, _TemperedKL
 from distillation.losses.target_statistics import token_normalised
 
 ALL = [
@@ -39,6 +40,27 @@ def test_kl_equals_a_plain_loop(where: str, kind: str, temperature: float) -> No
     student, teacher = torch.randn(2, 5, 7, dtype=torch.float64)
     loss = make(where, kind, temperature)(student, teacher)
     assert loss.item() == pytest.approx(kl_by_loop(student, teacher, temperature), rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_kernel_for_accelerators_is_the_same_divergence(dtype: torch.dtype) -> None:
+    student, teacher = torch.randn(2, 5, 7).to(dtype)
+    results = []
+    for kernel in (None, DivergenceKernel()):
+        scores = student.clone().requires_grad_()
+        loss = _TemperedKL.apply(scores, teacher, 2.0, kernel)
+        (3 * loss).backward()
+        assert scores.grad is not None
+        results.append((loss.detach(), scores.grad.clone()))
+    for one, other in zip(*results, strict=True):
+        assert torch.allclose(one, other, rtol=1e-2 if dtype is torch.bfloat16 else 1e-5)
+
+
+def test_the_cpu_does_without_the_kernel() -> None:
+    loss_fn = LogitDistillationLoss()
+    loss_fn.kernel.forward = lambda *_: pytest.fail("slower there")  # type: ignore[method-assign]
+    scores = torch.randn(2, 5, 7)
+    assert loss_fn(scores[0], scores[1]) > 0
 
 
 def test_mse_and_ce_equal_a_plain_loop() -> None:
