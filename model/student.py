@@ -7,6 +7,7 @@ name, blocks that return one tensor (the *state*), and ``read_hidden_states`` fr
 """
 
 import copy
+import dataclasses
 import inspect
 from typing import Any, ClassVar
 
@@ -34,6 +35,13 @@ from .layers import (
     output_head,
 )
 
+_CACHE_NAME = next(
+    field.name
+    for field in dataclasses.fields(CausalLMOutputWithPast)
+    if field.name in ("past_key_values", "cache")
+)
+"""What this version of transformers calls the cache in outputs and in ``generate``."""
+
 
 class StudentModel(PreTrainedModel, GenerationMixin):
     """A causal language model: ``logits = lm_head(final_norm(blocks(wte[id] + wpe[position])))``.
@@ -58,6 +66,7 @@ class StudentModel(PreTrainedModel, GenerationMixin):
             (one wider with ``final_norm="folded"``).
         position_ids: (B, T). By default the number of real tokens before each position.
         past_key_values: Cache of earlier positions, extended in place.
+        cache: The same; its name since transformers 5.24.
         inputs_embeds: (B, T, n_embd) token embeddings in place of ``input_ids``.
         use_cache: Whether to open a cache. None: no, because most calls of a student are training
             steps. One that is given is always used.
@@ -128,6 +137,7 @@ class StudentModel(PreTrainedModel, GenerationMixin):
         *,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
@@ -136,7 +146,7 @@ class StudentModel(PreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Return logits, and a loss if there are labels; arguments as in the class docstring."""
-        cache = self._open_cache(past_key_values, use_cache)
+        cache = self._open_cache(past_key_values, cache, use_cache)
         embeds = self._token_embeddings(input_ids, inputs_embeds)
         num_past = 0 if cache is None else cache.get_seq_length()
         positions = self._positions(attention_mask, position_ids, embeds, num_past)
@@ -164,7 +174,7 @@ class StudentModel(PreTrainedModel, GenerationMixin):
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=cache,
+            **{_CACHE_NAME: cache},
             hidden_states=None if hidden is None else (*hidden, features),
             attentions=None if attentions is None else tuple(attentions),
         )
@@ -218,7 +228,7 @@ class StudentModel(PreTrainedModel, GenerationMixin):
         """
         if self._forward_takes("past_key_values"):
             return super().prepare_inputs_for_generation(input_ids, **kwargs)
-        kwargs.update(past_key_values=None, next_sequence_length=None, use_cache=False)
+        kwargs.update({_CACHE_NAME: None}, next_sequence_length=None, use_cache=False)
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
         return {name: value for name, value in inputs.items() if self._forward_takes(name)}
 
@@ -257,7 +267,14 @@ class StudentModel(PreTrainedModel, GenerationMixin):
         old_lm_head.up = super()._get_resized_lm_head(old_lm_head.up, *args, **kwargs)
         return old_lm_head
 
-    def _open_cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
+    def _open_cache(
+        self, past_key_values: Cache | None, cache: Cache | None, use_cache: bool | None
+    ) -> Cache | None:
+        if past_key_values is not None and cache is not None:
+            raise ValueError(
+                "past_key_values and cache are two names of one argument.\nPass one of them."
+            )
+        cache = past_key_values if cache is None else cache
         if cache is None and not use_cache:
             return None
         if self.training and self.blocks[0].gradient_checkpointing:

@@ -128,6 +128,20 @@ def test_a_plain_forward_fills_no_cache(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_the_cache_has_the_name_of_any_transformers(kind: str) -> None:
+    """``past_key_values`` up to 5.23, ``cache`` since; a student is loaded by either."""
+    student, ids = noisy_student(kind), tokens(1, 6)
+    results = []
+    for name in ("past_key_values", "cache"):
+        earlier = student(ids[:, :4], use_cache=True).past_key_values
+        results.append(student(ids[:, 4:], **{name: earlier}).logits)
+        assert earlier.get_seq_length() == 6
+    assert torch.equal(*results)
+    with pytest.raises(ValueError, match="two names of one argument"):
+        student(ids, past_key_values=earlier, cache=earlier)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_inputs_that_do_not_fit_are_refused(kind: str) -> None:
     student = noisy_student(kind)
     with pytest.raises(ValueError, match=r"has 25 tokens, but .* block_size=24\.\nShorten"):
