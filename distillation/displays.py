@@ -16,7 +16,6 @@ from cleangpt.integrity import parse_json_object
 from cleangpt.manifest import read_manifest
 from cleangpt.metrics_log import format_seconds
 from cleangpt.safe_text import clean_line
-from cleangpt.structure import count_parameters
 
 if TYPE_CHECKING:
     from cleangpt.blocks import BlockStack
@@ -129,6 +128,8 @@ def _state(trainer: Any) -> str:
 
 
 def _shown_model(stack: "BlockStack") -> str:
+    from cleangpt.structure import count_parameters  # only here: a report needs no torch
+
     parameters = count_parameters(stack.model)
     return (
         f"{type(stack.model).__name__}, {stack.num_blocks} blocks x {stack.hidden_size},"
