@@ -33,6 +33,7 @@ from cleangpt.teacher_files import (
     attention_of,
     check_files,
     check_size,
+    mismatched_shapes,
     one_line,
     read_tokenizer,
     unreadable,
@@ -182,15 +183,14 @@ def _read_model(
 
 
 def _check_complete(source: TeacherSource, model: PreTrainedModel, report: Any) -> None:
-    if report["mismatched_keys"]:
-        name, stored_shape, own = min(report["mismatched_keys"])
+    if mismatched := mismatched_shapes(source, model, report):
+        name, stored_shape, own = min(mismatched)
         raise InputError(
             f"the weights of teacher {source.label} do not fit its configuration: {name} is"
             f" {list(stored_shape)} in the file and {list(own)} in a {type(model).__name__}.",
             f"Fetch or save the model again, or give {TEACHER_FLAG} another one.",
         )
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
+    if missing := sorted(report["missing_keys"]):
         raise InputError(
             f"teacher {source.label} lacks {len(missing)} weights of a {type(model).__name__}, "
             f"such as {missing[0]}; they would be random.",

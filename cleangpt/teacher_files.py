@@ -10,7 +10,12 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from cleangpt.errors import InputError
 from cleangpt.integrity import check_sums
@@ -70,6 +75,24 @@ def check_size(source: TeacherSource, config: Any, tensors: int) -> None:
             raise ValueError(f"{parameters:,} parameters are described, in {size:,} bytes of files")
     except Exception as error:  # every family checks its fields with errors of its own
         raise unreadable(source, error) from error
+
+
+def mismatched_shapes(
+    source: TeacherSource, model: PreTrainedModel, report: Any
+) -> list[tuple[str, Any, Any]]:
+    """Weights that do not fit: name, shape in the file, shape by the configuration."""
+    known: list[tuple[str, Any, Any]] = list(report["mismatched_keys"])
+    if known or not source.gguf_file:
+        return known
+    # Before 5.23, transformers takes a GGUF file's tensors in any shape.
+    with torch.device("meta"):
+        outline = AutoModelForCausalLM.from_config(model.config, **attention_of(model.config))
+    needed = {name: parameter.shape for name, parameter in outline.named_parameters()}
+    return [
+        (name, parameter.shape, needed[name])
+        for name, parameter in model.named_parameters()
+        if parameter.shape != needed.get(name, parameter.shape)
+    ]
 
 
 def attention_of(config: Any, known: Any = None) -> dict[str, str]:
