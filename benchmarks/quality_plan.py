@@ -257,7 +257,7 @@ def sizes_table() -> Iterator[Run]:
                 yield Run(arms(kind)["A5"], kind, "middle", seed, shape)
 
 
-TEACHERS_SHAPE: Final = {**SHAPE, "n_embd": 192}
+TEACHERS_SHAPE: Final = {**SHAPE, "n_embd": 192, "bias": True}
 
 
 def self_table() -> Iterator[Run]:
