@@ -221,7 +221,8 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
             return loss_fn
         statistics = self.audit.statistics(self.layer_map[block] + 1)
         loss_fn = loss_fn.at_level(statistics.to(self.device))
-        return loss_fn.on_raw_states() if self.shares_basis else loss_fn
+        are_raw = self.shares_basis or not self.config.use_stitching_layers
+        return loss_fn.on_raw_states() if are_raw else loss_fn
 
     def stages(self, activations: Activations) -> list[BlockStage]:
         """One stage per block that learns."""
@@ -292,8 +293,7 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
         if self.shares_basis:
             logger.info("All stitches are one basis, in which the teacher's states enter blocks.")
         logger.info(ROW, *COLUMNS)
-        together, apart = self._train_together, self._train_apart
-        ways = {"parallel_local": together, "decoupled": apart}
+        ways = {"parallel_local": self._train_together, "decoupled": self._train_apart}
         rows = ways.get(self.config.schedule, self._train_in_turn)(settings)
         if self.shares_basis:
             self._chain(rows)
