@@ -49,8 +49,8 @@ class DivergenceKernel(nn.Module):
     """A sum of divergences and its gradient in one expression, for ``torch.compile`` to fuse.
 
     On an accelerator one kernel then reads both models' scores and writes the gradient, without
-    the five tensors of that size between. On the CPU it is a third slower than the few rows at a
-    time of :func:`tempered_kl`, compiled or not, so it is not used there.
+    the five tensors of that size between. On the CPU, compiled, it takes 1.5 times as long as the
+    few rows at a time of :func:`tempered_kl` (171 positions of 50,257 classes): not used there.
     """
 
     def forward(
