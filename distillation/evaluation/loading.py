@@ -17,12 +17,13 @@ from torch import nn
 import model as students
 from cleangpt.data import TextDataset
 from cleangpt.data.overlap import contained_share
-from cleangpt.errors import CheckpointError, InputError, ran_out_of_memory
+from cleangpt.errors import CheckpointError, EnvironmentProblem, InputError, ran_out_of_memory
 from cleangpt.hub import local_path
 from cleangpt.integrity import check_sums, parse_json_object
 from cleangpt.manifest import read_manifest
 from cleangpt.teacher import load_teacher, quiet_libraries
 from cleangpt.teacher_files import TOKENIZER_FILES, attention_of
+from cleangpt.teacher_source import TEACHER_FLAG
 from cleangpt.vocabulary import check_same_tokens
 from cleangpt.weight_files import check_blocks, check_file, check_folder
 from distillation.evaluation.student_files import (
@@ -91,13 +92,13 @@ def load_model(
     """
     path = local_path(name, flag=flag, suffixes=(".pt", ".gguf"))
     if path is None or path.suffix == ".gguf":
-        return _load_like_teacher(name, device, trust_remote_code)
+        return _load_like_teacher(name, device, trust_remote_code, flag)
     unfinished = _load_half_way(path, model_type, device)
     if unfinished is not None:
         return unfinished
     location = _locate(path)
     if location.suffix == ".gguf":
-        return _load_like_teacher(str(location), device, trust_remote_code)
+        return _load_like_teacher(str(location), device, trust_remote_code, flag)
     run_dir = location.parent
     if location.is_dir():
         loaded, label = _load_folder(location, model_type, trust_remote_code), _label(location)
@@ -133,9 +134,12 @@ def _load_half_way(
 
 
 def _load_like_teacher(
-    name: str, device: torch.device | str, trust_remote_code: bool
+    name: str, device: torch.device | str, trust_remote_code: bool, flag: str
 ) -> LoadedModel:
-    teacher = load_teacher(name, device=device, trust_remote_code=trust_remote_code)
+    try:
+        teacher = load_teacher(name, device=device, trust_remote_code=trust_remote_code)
+    except (InputError, EnvironmentProblem) as error:
+        raise type(error)(error.cause, error.remedy.replace(TEACHER_FLAG, flag)) from error
     vocabulary = dict(teacher.tokenizer.get_vocab())
     return LoadedModel(teacher.model, teacher.name, teacher.source, Path(), None, vocabulary)
 

@@ -208,3 +208,13 @@ def test_vocabularies_must_mean_the_same(made: Path) -> None:
     tokenizer.get_vocab = lambda: ids
     with pytest.raises(InputError, match=r"2 ids differ, first \d+ \('a', not 'b'\), \d+ \('b', "):
         check_same_vocabulary(loaded, tokenizer)
+
+
+def test_a_model_that_cannot_be_found_is_told_by_its_own_flag(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(CleanGPTError) as caught:
+        load_model("no-such-student", flag="--model_path")
+    assert "--model_path" in caught.value.remedy
+    assert "--teacher" not in caught.value.remedy
