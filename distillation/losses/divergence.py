@@ -32,8 +32,8 @@ def tempered_kl(
         student: Its scores.
         teacher: The teacher's; they get no gradient.
         temperature: Dimensionless, > 0.
-        kernel: What computes it on an accelerator, possibly compiled; None takes PyTorch's
-            operators one by one, as the CPU always does.
+        kernel: What computes it on an accelerator, compiled; None takes PyTorch's operators one
+            by one, as the CPU always does.
     """
     classes = student.shape[-1]
     mean: Tensor = _TemperedKL.apply(
@@ -52,6 +52,11 @@ class DivergenceKernel(nn.Module):
     the five tensors of that size between. On the CPU, compiled, it takes 1.5 times as long as the
     few rows at a time of :func:`tempered_kl` (171 positions of 50,257 classes): not used there.
     """
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether it stands for its compiled form, without which it only takes memory."""
+        return "forward" in self.__dict__
 
     def forward(
         self,

@@ -61,7 +61,8 @@ class LogitDistillationLoss(nn.Module):
         """
         check_same_shape(student_logits, teacher_logits)
         if self.loss_type == "kl_div":
-            return tempered_kl(student_logits, teacher_logits, self.temperature, self.kernel)
+            kernel = self.kernel if self.kernel.is_compiled else None
+            return tempered_kl(student_logits, teacher_logits, self.temperature, kernel)
         student, teacher = at_least_float32(student_logits), at_least_float32(teacher_logits)
         if self.loss_type == "mse":
             return F.mse_loss(student, teacher)

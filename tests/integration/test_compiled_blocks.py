@@ -33,6 +33,7 @@ def test_the_compiled_divergence_is_the_same() -> None:
     results = []
     kernel = DivergenceKernel()
     with compiled([kernel]):
+        assert kernel.is_compiled
         for used in (None, kernel):
             scores = student.clone().requires_grad_()
             loss = _TemperedKL.apply(scores, teacher, 2.0, used)
@@ -40,5 +41,6 @@ def test_the_compiled_divergence_is_the_same() -> None:
             assert scores.grad is not None
             results.append((loss.detach(), scores.grad.clone()))
     assert "forward" not in kernel.__dict__
+    assert not kernel.is_compiled
     for one, other in zip(*results, strict=True):
         assert torch.allclose(one, other, rtol=1e-5, atol=1e-8)
