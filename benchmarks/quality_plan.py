@@ -92,7 +92,8 @@ def arms(kind: str = "Vanilla") -> dict[str, Arm]:
         Arm(
             name="T",
             blocks=0.75,
-            head=0.25,
+            blocks_at_most=0.75,
+            head=1.0,
             head_phase=True,
             options={"logit_loss_temperature": 2.0},
             training={"lr_per_block": 1e-3, "lm_head_lr": 1e-4},
@@ -177,7 +178,7 @@ def stitches_table() -> Iterator[Run]:
         for kind in KINDS:
             known = arms(kind)
             for name, options in STITCH_VARIANTS.items():
-                arm = replace(known["A5"], name=f"A5 {name}", options={**NMSE, **options})
+                arm = replace(known["A5"], name=f"A5 {name}", options={**TOGETHER, **options})
                 yield Run(arm, kind, "small", seed)
             for width in WIDTHS:
                 for name in ("A3", "A5"):
@@ -190,7 +191,7 @@ def stitches_table() -> Iterator[Run]:
 
 
 HEAD_SHARES: Final = (0.05, 0.2, 0.5, 1.0)
-"""Of what the blocks leave."""
+"""Of what the blocks leave, the states that the phase is the first to read included."""
 HEAD_VARIANTS: Final[dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
     "fitted": ({}, {}),
     "random": ({}, {"initialize_head_from_teacher": False}),
@@ -206,7 +207,6 @@ def heads_table() -> Iterator[Run]:
     for seed in OTHER_SEEDS:
         for kind in KINDS:
             a5 = arms(kind)["A5"]
-            left = 1 - a5.blocks
             for name, (options, training) in HEAD_VARIANTS.items():
                 shares = HEAD_SHARES if name in ("fitted", "random") else (0.2,)
                 for share in shares if name == "fitted" else (0.0, *shares):
@@ -214,7 +214,7 @@ def heads_table() -> Iterator[Run]:
                         replace(
                             a5,
                             name=f"A5 {name} head {share:.0%}",
-                            head=left if share == 1 else round(left * share, 4),
+                            head=share,
                             options={**a5.options, **options},
                             training={**a5.training, "lm_head_lr": 1e-3, **training},
                         ),

@@ -9,6 +9,7 @@ time is written down beside it.
 import logging
 import tempfile
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -45,8 +46,11 @@ class Arm:
     Args:
         name: As in the tables.
         init: ``init_from_teacher`` of the run.
-        blocks: Share of the budget for the blocks.
-        head: Share of the budget for the head phase; the closed-form start alone is 0.
+        blocks: Share of the budget for the steps of the blocks. The states they read are charged
+            besides: later stages read them again.
+        blocks_at_most: Share that those steps may cost with the states they read.
+        head: Share of what the blocks leave for the head phase, with the states that it is the
+            first to read; the closed-form start alone is 0.
         head_phase: Whether there is a head phase at all.
         next_token: Whether the last stage learns the text itself, without a teacher.
         untrained_start: Whether all but the polish has an untrained teacher of the same shape.
@@ -57,6 +61,7 @@ class Arm:
     name: str
     init: str = "none"
     blocks: float = 0.0
+    blocks_at_most: float = 1.0
     head: float = 0.0
     head_phase: bool = False
     next_token: bool = False
@@ -174,21 +179,29 @@ class Steps:
 
 def share_out(arm: Arm, costs: Costs, budget: float, distinct: int, batch_tokens: int) -> Steps:
     """Turn a budget of operations into steps of the arm's stages."""
-    blocks = int(arm.blocks * budget / (costs.blocks_step() * batch_tokens))
-    head = int(arm.head * budget / (costs.head_step() * batch_tokens))
-    spent = batch_tokens * (blocks * costs.blocks_step() + head * costs.head_step())
     fitted = HEAD_FIT_TOKENS if arm.head_phase else 0
-    # Every stage sees the same windows first, so the teacher's blocks run once for each of them.
-    known = min(distinct, max(blocks * batch_tokens, head * batch_tokens, fitted))
-    spent += known * costs.teacher_blocks
-    spent += costs.student_blocks * min(distinct, blocks * batch_tokens)
-    spent += costs.student_blocks * min(distinct, max(fitted, head * batch_tokens))
+
+    def read(blocks: int, head: int) -> int:
+        # Every stage sees the same windows first, so the teacher's blocks run once for each.
+        return min(distinct, max(blocks * batch_tokens, head * batch_tokens, fitted))
+
+    def spend(blocks: int, head: int) -> float:
+        steps = batch_tokens * (blocks * costs.blocks_step() + head * costs.head_step())
+        own = min(distinct, blocks * batch_tokens) + min(distinct, max(fitted, head * batch_tokens))
+        return steps + read(blocks, head) * costs.teacher_blocks + own * costs.student_blocks
+
+    blocks = int(arm.blocks * budget / (costs.blocks_step() * batch_tokens))
+    blocks = _most(lambda n: spend(n, 0) <= arm.blocks_at_most * budget, blocks)
+    left = budget - spend(blocks, 0)
+    head = int(arm.head * budget / (costs.head_step() * batch_tokens))
+    head = _most(lambda n: spend(blocks, n) <= budget - (1 - arm.head) * left, head)
+    spent, known = spend(blocks, head), read(blocks, head)
     hidden = arm.options.get("polish_hidden_weight", 0.0) > 0
     step = costs.polish_step(next_token=arm.next_token, hidden=hidden) * batch_tokens
     if arm.untrained_start:
         known = 0  # the polish has another teacher
     polish = 0
-    while arm.blocks + arm.head < 1:
+    while arm.blocks < 1 and arm.head < 1:
         fresh = 0
         if not arm.next_token:
             seen = max(known, polish * batch_tokens)
@@ -199,6 +212,11 @@ def share_out(arm: Arm, costs: Costs, budget: float, distinct: int, batch_tokens
         spent += cost
         polish += 1
     return Steps(blocks, head, polish, spent)
+
+
+def _most(fits: Callable[[int], bool], at_most: int) -> int:
+    """The largest count up to a bound that fits; 0 where none does."""
+    return bisect_left(range(1, at_most + 1), True, key=lambda count: not fits(count))
 
 
 def run_arm(
