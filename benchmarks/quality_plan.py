@@ -170,10 +170,12 @@ STITCH_VARIANTS: Final[dict[str, dict[str, Any]]] = {
 WIDTHS: Final = (48, 144)
 UNSTITCHED: Final = {**SHAPE, "n_layer": 1, "n_embd": 192}
 """The student of the teacher's width with the nearest number of parameters: 1.26M, not 1.07M."""
+AS_WIDE: Final = {**SHAPE, "n_layer": 3, "n_embd": 192}
+"""The teacher's width and half of its depth."""
 
 
 def stitches_table() -> Iterator[Run]:
-    """A5 through other stitches, A5 and A3 over the width, and a student that needs no stitch."""
+    """A5 through other stitches, A5 and A3 over the width, and students that need no stitch."""
     for seed in OTHER_SEEDS:
         for kind in KINDS:
             known = arms(kind)
@@ -188,6 +190,10 @@ def stitches_table() -> Iterator[Run]:
                 options = {**known[name].options, "use_stitching_layers": False}
                 arm = replace(known[name], name=f"{name} unstitched", options=options)
                 yield Run(arm, kind, "small", seed, dict(UNSTITCHED))
+            for name, stitched in (("A5 as wide", True), ("A5 as wide, unstitched", False)):
+                options = {**known["A5"].options, "use_stitching_layers": stitched}
+                arm = replace(known["A5"], name=name, options=options)
+                yield Run(arm, kind, "small", seed, dict(AS_WIDE))
 
 
 HEAD_SHARES: Final = (0.05, 0.2, 0.5, 1.0)
