@@ -110,7 +110,7 @@ STITCHES_BRIDGE = (
         for width in WIDTHS
     ),
     Question("A5 unstitched", "A3 unstitched", "Blocks of a student that needs no stitch"),
-    Question("A5 as wide", "A5 as wide, unstitched", "Stitches between equal widths"),
+    Question("A5 as wide", "A5 as wide unstitched", "Stitches between equal widths"),
     Question("A5", "A5 unstitched", "Six narrow blocks, rather than one that needs no stitch"),
 )
 HEAD_IMPROVES = tuple(

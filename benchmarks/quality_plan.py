@@ -190,7 +190,7 @@ def stitches_table() -> Iterator[Run]:
                 options = {**known[name].options, "use_stitching_layers": False}
                 arm = replace(known[name], name=f"{name} unstitched", options=options)
                 yield Run(arm, kind, "small", seed, dict(UNSTITCHED))
-            for name, stitched in (("A5 as wide", True), ("A5 as wide, unstitched", False)):
+            for name, stitched in (("A5 as wide", True), ("A5 as wide unstitched", False)):
                 options = {**known["A5"].options, "use_stitching_layers": stitched}
                 arm = replace(known["A5"], name=name, options=options)
                 yield Run(arm, kind, "small", seed, dict(AS_WIDE))
