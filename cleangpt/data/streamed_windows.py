@@ -15,10 +15,12 @@ whose states are there. Over L blocks a window costs 2 L forwards with one pass 
 many. The schedule ``parallel_local`` costs L + L for any number of passes: choose it for a corpus
 much larger than the budget.
 
-Every process reads the whole stream and computes its rows of each batch, so the losses are those of
-one process. The trainer writes down where each pass begins and a checksum of its tokens
-(:meth:`StreamedWindows.state_dict`); a run that goes on reads from there, and data that have
-changed are found out. Without that the stream is read from its beginning.
+The processes of a run read together: the first one reads the documents, each tokenizes its part of
+them, and all have the tokens of the pass, of which each computes its rows of every batch. So the
+losses are those of one process. The trainer writes down where each pass begins and a checksum of
+its tokens (:meth:`StreamedWindows.state_dict`); a run that goes on reads from there, with any
+number of processes, and data that have changed are found out. Without that the stream is read from
+its beginning.
 
 A stream that ends within the first pass is taken as it is; one that ends later begins anew, because
 the number of steps is fixed by then. Either is said.
@@ -32,6 +34,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import islice
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -43,8 +46,16 @@ from transformers import PreTrainedTokenizerBase
 
 from cleangpt.data.overlap import overlap_sketch
 from cleangpt.data.streams import StreamPosition, TextStream
-from cleangpt.data.windows import check_block_size, token_chunks
+from cleangpt.data.windows import (
+    Call,
+    PieceIds,
+    calls_of,
+    check_block_size,
+    packed_chunks,
+    tokens_of,
+)
 from cleangpt.errors import CleanGPTError, InputError, UsageError
+from cleangpt.runtime.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -73,16 +84,20 @@ class Mark:
 
 
 class _Reader:
-    """Packed tokens from a mark on."""
+    """Packed tokens from a mark on.
 
-    def __init__(self, stream: TextStream, tokenizer: PreTrainedTokenizerBase, mark: Mark) -> None:
+    Process 0 reads. What it has read goes round, a call of the tokenizer for each process, and what
+    each has made of its own goes to all.
+    """
+
+    def __init__(
+        self, stream: TextStream, tokenizer: PreTrainedTokenizerBase, mark: Mark, ranks: Ranks
+    ) -> None:
         self.mark = replace(mark, offset=0)
         self._ahead: deque[StreamPosition] = deque()  # documents taken and not yet tokenized
         self._document = 0  # the number of the first of them
-        texts = self._texts(stream, mark.place)
-        self._chunks = token_chunks(
-            texts, tokenizer, is_first=mark.is_first, characters_per_call=_CHARACTERS_PER_CALL
-        )
+        tokenized = self._tokenized(stream, tokenizer, mark.place, ranks)
+        self._chunks = packed_chunks(tokenized, tokenizer, is_first=mark.is_first)
         self._rest: Ids = np.empty(0, dtype=np.int64)
         left = mark.offset
         while left:
@@ -112,10 +127,34 @@ class _Reader:
             self.mark = Mark(self._ahead[0], 0, self.mark.is_first and not self.mark.offset)
         return True
 
-    def _texts(self, stream: TextStream, place: StreamPosition | None) -> Iterator[str]:
-        for found, text in stream.documents(place):
-            self._ahead.append(found)
-            yield text
+    def _tokenized(
+        self,
+        stream: TextStream,
+        tokenizer: PreTrainedTokenizerBase,
+        place: StreamPosition | None,
+        ranks: Ranks,
+    ) -> Iterator[tuple[Call, list[PieceIds]]]:
+        """Calls of the tokenizer in order, with the tokens of their pieces."""
+        places: list[StreamPosition] = []
+
+        def texts() -> Iterator[str]:
+            for found, text in stream.documents(place):
+                places.append(found)
+                yield text
+
+        calls = calls_of(texts(), _CHARACTERS_PER_CALL)
+
+        def read() -> tuple[list[Call], list[StreamPosition]]:
+            places.clear()
+            return list(islice(calls, ranks.count)), places
+
+        while True:
+            found, new = ranks.done_by_main(read)
+            if not found:
+                return
+            self._ahead.extend(new)
+            own = tokens_of(found[ranks.index], tokenizer) if ranks.index < len(found) else []
+            yield from zip(found, ranks.gathered(own), strict=False)
 
 
 class StreamedWindows(Dataset[dict[str, Tensor]]):
@@ -129,6 +168,8 @@ class StreamedWindows(Dataset[dict[str, Tensor]]):
         block_size: Context length in tokens, >= 1; every window is full.
         tokens: Tokens of the stream to use, in all passes together; 0 is one pass.
         pass_tokens: Tokens of a pass, at most.
+        ranks: The processes that read together: all must enter the same passes at the same time.
+            None reads alone.
 
     Attributes:
         passes: How many passes there are, all of as many windows.
@@ -149,6 +190,7 @@ class StreamedWindows(Dataset[dict[str, Tensor]]):
         *,
         tokens: int = 0,
         pass_tokens: int = PASS_TOKENS,
+        ranks: Ranks | None = None,
     ) -> None:
         check_block_size(block_size)
         for number in (pass_tokens, tokens or block_size):
@@ -160,11 +202,12 @@ class StreamedWindows(Dataset[dict[str, Tensor]]):
         self.stream = stream
         self.block_size = block_size
         self._tokenizer = tokenizer
+        self._ranks = ranks or Ranks()
         per_pass = pass_tokens // block_size
         wanted = tokens // block_size or per_pass
         self.passes = math.ceil(wanted / per_pass)
         self._tokens: Ids = np.empty(wanted // self.passes * block_size, dtype=np.int32)
-        self._reader = _Reader(stream, tokenizer, Mark())
+        self._reader = self._reading(Mark())
         self._starts: dict[int, Mark] = {}
         self._checksums: dict[int, str] = {}
         self._warned = False
@@ -234,6 +277,9 @@ class StreamedWindows(Dataset[dict[str, Tensor]]):
             self._starts.setdefault(int(name), Mark(**start))
             self._checksums.setdefault(int(name), str(known["checksum"]))
 
+    def _reading(self, mark: Mark) -> _Reader:
+        return _Reader(self.stream, self._tokenizer, mark, self._ranks)
+
     def _read_first(self, tokens: int) -> None:
         self._starts[0] = self._reader.mark
         found = self._reader.fill(self._tokens)
@@ -256,7 +302,7 @@ class StreamedWindows(Dataset[dict[str, Tensor]]):
     def _read_to(self, index: int, start: int) -> bool:
         """Read on from where pass ``start`` begins; return whether all is as it was."""
         try:
-            self._reader = _Reader(self.stream, self._tokenizer, self._starts[start])
+            self._reader = self._reading(self._starts[start])
             return all(self._read(each) for each in range(start, index + 1))
         except CleanGPTError:
             if start == 0:
@@ -275,7 +321,7 @@ class StreamedWindows(Dataset[dict[str, Tensor]]):
                     "%s ends in pass %d of %d and begins anew; --stream_tokens %d is all of it",
                     *(self.stream.name, index + 1, self.passes, index * self.num_tokens + done),
                 )
-            self._reader = _Reader(self.stream, self._tokenizer, Mark(is_first=False))
+            self._reader = self._reading(Mark(is_first=False))
             more = self._reader.fill(self._tokens[done:])
             if not more:
                 return False

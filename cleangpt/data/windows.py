@@ -28,6 +28,9 @@ from cleangpt.errors import InputError, UsageError
 
 logger = logging.getLogger(__name__)
 
+Call: TypeAlias = list[tuple[int, str]]
+"""Pieces of text, each with the index of its document."""
+PieceIds: TypeAlias = "np.ndarray[tuple[int, ...], np.dtype[np.int32]]"
 TokenIds: TypeAlias = "np.ndarray[tuple[int, ...], np.dtype[np.int64]]"
 
 # A fast tokenizer spreads the texts of one call over all cores (RAYON_NUM_THREADS limits them), so
@@ -76,9 +79,12 @@ def _pieces(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _batches_of_pieces(texts: Iterable[str], limit: int) -> Iterator[list[tuple[int, str]]]:
-    """Group (document index, piece) pairs, by number and by total length."""
-    group: list[tuple[int, str]] = []
+def calls_of(texts: Iterable[str], limit: int) -> Iterator[Call]:
+    """What the tokenizer gets at a time: pieces of documents, by number and by total length.
+
+    Takes documents as it needs them, those of one call ahead.
+    """
+    group: Call = []
     size = 0
     for index, text in enumerate(texts):
         for piece in _pieces(text):
@@ -145,7 +151,9 @@ def _tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Token
     length = 0
     closing = Separators.of(tokenizer).closing
     last_document = -1
-    for document, ids in token_chunks(texts, tokenizer):
+    calls = calls_of(texts, _CHARACTERS_PER_CALL)
+    tokenized = ((call, tokens_of(call, tokenizer)) for call in calls)
+    for document, ids in packed_chunks(tokenized, tokenizer):
         if document != last_document:
             starts.append(length + (len(closing) if starts else 0))
             last_document = document
@@ -155,40 +163,43 @@ def _tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Token
     return TokenStream(torch.from_numpy(stream), torch.tensor(starts, dtype=torch.int64))
 
 
-def token_chunks(
-    texts: Iterable[str],
+def tokens_of(call: Call, tokenizer: PreTrainedTokenizerBase) -> list[PieceIds]:
+    """The tokens of each piece of a call, int32."""
+    # verbose=False silences "sequence longer than the maximum": windows are cut afterwards.
+    encoded: list[list[int]] = tokenizer(
+        [piece for _, piece in call],
+        add_special_tokens=False,
+        return_attention_mask=False,
+        verbose=False,
+    ).input_ids
+    return [np.asarray(ids, dtype=np.int32) for ids in encoded]
+
+
+def packed_chunks(
+    calls: Iterable[tuple[Call, Sequence[PieceIds]]],
     tokenizer: PreTrainedTokenizerBase,
     *,
     is_first: bool = True,
-    characters_per_call: int | None = None,
 ) -> Iterator[tuple[int, TokenIds]]:
     """Yield tokens, int64, with the index of the document they are of; end to end, the packed ones.
 
-    Takes documents as it needs them, those of one call of the tokenizer ahead.
-
     Args:
-        texts: Documents. Those without a token give no chunk, huge ones several.
-        tokenizer: Any HuggingFace tokenizer.
+        calls: Calls in the order of their documents, each with the tokens of its pieces. Documents
+            without a token give no chunk, huge ones several.
+        tokenizer: Gives what stands between documents.
         is_first: Whether nothing stands before the first document that would have to be closed.
-        characters_per_call: How much is tokenized at a time; None is what is fastest on many cores.
     """
     leading, closing = Separators.of(tokenizer)
     last_document = -1
-    for group in _batches_of_pieces(texts, characters_per_call or _CHARACTERS_PER_CALL):
-        # verbose=False silences "sequence longer than the maximum": windows are cut afterwards.
-        encoded = tokenizer(
-            [piece for _, piece in group],
-            add_special_tokens=False,
-            return_attention_mask=False,
-            verbose=False,
-        ).input_ids
-        for (document, _), ids in zip(group, encoded, strict=True):
-            if not ids:
+    for call, tokens in calls:
+        for (document, _), ids in zip(call, tokens, strict=True):
+            if not len(ids):
                 continue
+            before: list[int] = []
             if document != last_document:
-                ids = [*([] if is_first else closing), *leading, *ids]
+                before = [*([] if is_first else closing), *leading]
                 last_document, is_first = document, False
-            yield document, np.asarray(ids, dtype=np.int64)
+            yield document, np.asarray([*before, *ids], dtype=np.int64)
 
 
 def _edges(stream: TokenStream, block_size: int, packed: bool) -> Int[Tensor, " edges"]:

@@ -7,7 +7,7 @@ process would have computed, up to rounding. Process 0 alone writes files and sp
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
-from cleangpt.errors import UsageError
+from cleangpt.errors import CleanGPTError, UsageError
 from cleangpt.runtime.launcher import launched
 
 T = TypeVar("T")
@@ -110,6 +110,27 @@ class Ranks:
         box = [value]
         distributed.broadcast_object_list(box, src=0)
         return box[0]
+
+    def done_by_main(self, work: Callable[[], T]) -> T:
+        """What process 0 gets from ``work``, which only it does; plain data only.
+
+        Raises:
+            CleanGPTError: In every process, if process 0 meets one.
+        """
+        if self.count == 1:
+            return work()
+        message: Any = None
+        if self.is_main:
+            try:
+                message = work(), None
+            except CleanGPTError as error:
+                message = None, (type(error), error.cause, error.remedy)
+        found, refusal = self.from_main(message)
+        if refusal is not None:
+            kind, cause, remedy = refusal
+            raise kind(cause, remedy)
+        done: T = found
+        return done
 
     @contextmanager
     def after_main(self) -> Iterator[None]:

@@ -4,13 +4,14 @@ import argparse
 import logging
 from typing import TYPE_CHECKING, Any
 
-from distillation.commands.streaming import check_streaming, streamed_windows
+from distillation.commands.streaming import check_streaming, streamed_windows, together
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.utils.data import DataLoader
 
     from cleangpt.data import TextDataset, TextSource, TextStream
+    from cleangpt.runtime.ranks import Ranks
     from cleangpt.teacher import Teacher
 
 logger = logging.getLogger(__name__)
@@ -44,8 +45,16 @@ def build_dataloader(
     source: "TextSource | TextStream",
     teacher: "Teacher",
     student: "nn.Module",
+    ranks: "Ranks | None" = None,
 ) -> "DataLoader[Any]":
     """Cut the documents into windows; their order is a function of the seed and the epoch.
+
+    Args:
+        arguments: The parsed flags.
+        source: The documents.
+        teacher: Gives the tokenizer.
+        student: Says, of a stream, how large the states of a pass are.
+        ranks: The processes of the run, to read a stream together.
 
     Raises:
         InputError: If the documents do not fill one window.
@@ -54,7 +63,7 @@ def build_dataloader(
 
     dataset: Any
     if isinstance(source, TextStream):
-        dataset = streamed_windows(arguments, source, teacher, student)
+        dataset = streamed_windows(arguments, source, teacher, student, together(arguments, ranks))
     else:
         dataset = _windows(arguments, source, teacher)
     return make_dataloader(
@@ -100,7 +109,7 @@ def _windows(
 
 
 def validation_dataloader(
-    arguments: argparse.Namespace, teacher: "Teacher"
+    arguments: argparse.Namespace, teacher: "Teacher", ranks: "Ranks | None" = None
 ) -> "DataLoader[Any] | None":
     """Windows of the data set's validation split, as many as the flag says; None if it has none."""
     from torch.utils.data import Subset
@@ -120,7 +129,13 @@ def validation_dataloader(
     try:
         source = find_documents(arguments, "validation")
         if isinstance(source, TextStream):
-            dataset = StreamedWindows(source, teacher.tokenizer, size, pass_tokens=windows * size)
+            dataset = StreamedWindows(
+                source,
+                teacher.tokenizer,
+                size,
+                pass_tokens=windows * size,
+                ranks=together(arguments, ranks),
+            )
         else:
             dataset = TextDataset(source.texts, teacher.tokenizer, size)
     except CleanGPTError as error:

@@ -154,12 +154,12 @@ def prepare(
     teacher = read_teacher(arguments, device, ranks.count)
     with torch.device("meta") if arguments.plan else contextlib.nullcontext():
         student = build_student(arguments, teacher, find_class)
-    loader = build_dataloader(arguments, source, teacher, student)
+    loader = build_dataloader(arguments, source, teacher, student, ranks)
     held_out = None
     if arguments.plan:
         arguments.early_stop_patience = 0  # it would ask for held-out text, which is not read here
     elif arguments.validation_tokens:
-        held_out = validation_dataloader(arguments, teacher)
+        held_out = validation_dataloader(arguments, teacher, ranks)
     return build_trainer(arguments, teacher, student, loader, held_out, device), student
 
 

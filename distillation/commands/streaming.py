@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from cleangpt.data import StreamedWindows, TextStream
+    from cleangpt.runtime.ranks import Ranks
     from cleangpt.teacher import Teacher
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,11 @@ def check_streaming(arguments: argparse.Namespace) -> None:
 
 
 def streamed_windows(
-    arguments: argparse.Namespace, stream: "TextStream", teacher: "Teacher", student: "nn.Module"
+    arguments: argparse.Namespace,
+    stream: "TextStream",
+    teacher: "Teacher",
+    student: "nn.Module",
+    ranks: "Ranks | None" = None,
 ) -> "StreamedWindows":
     """The windows that the flags ask for, and a line about them in the log.
 
@@ -81,6 +86,7 @@ def streamed_windows(
         arguments.block_size,
         tokens=arguments.stream_tokens,
         pass_tokens=pass_tokens(arguments, teacher, student),
+        ranks=ranks,
     )
     logger.info(
         "A stream of %s: %s tokens in %d passes of %d windows of %d",
@@ -91,6 +97,11 @@ def streamed_windows(
         arguments.block_size,
     )
     return windows
+
+
+def together(arguments: argparse.Namespace, ranks: "Ranks | None") -> "Ranks | None":
+    """The processes that read a stream together; None where each goes through it by itself."""
+    return None if arguments.schedule == "decoupled" else ranks
 
 
 def pass_tokens(arguments: argparse.Namespace, teacher: "Teacher", student: "nn.Module") -> int:

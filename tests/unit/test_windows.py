@@ -78,8 +78,8 @@ def test_a_cut_between_pieces_changes_no_token(monkeypatch: pytest.MonkeyPatch) 
 def test_one_call_holds_enough_for_many_cores() -> None:
     """Of a huge document too: a call with two pieces of it leaves all cores but two idle."""
     limit = windows._CHARACTERS_PER_CALL
-    many = [len(group) for group in windows._batches_of_pieces(["a word " * 300] * 5_000, limit)]
-    huge = [len(group) for group in windows._batches_of_pieces(["a word " * 1_500_000], limit)]
+    many = [len(group) for group in windows.calls_of(["a word " * 300] * 5_000, limit)]
+    huge = [len(group) for group in windows.calls_of(["a word " * 1_500_000], limit)]
     assert min(many[:-1]) > 500
     assert min(huge[:-1]) >= 20
 
