@@ -33,7 +33,7 @@ def build_parser() -> CommandParser:
     parser = CommandParser(prog="python -m benchmarks.scaling", description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare the plan with real runs")
     parser.add_argument("--quick", action="store_true", help="small shapes: a try of the command")
-    parser.add_argument("--repeats", type=positive_int, default=3, help="of each pair (default: 3)")
+    parser.add_argument("--repeats", type=positive_int, default=3, help="of each run (default: 3)")
     parser.add_argument("--output", help="the JSON file (default: benchmarks/results/scaling.json)")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
@@ -56,7 +56,8 @@ def main(argv: list[str] | None = None) -> None:
     shape = base_shape(quick=arguments.quick)
     started_at = time.perf_counter()
     name = "check" if arguments.check else "processes"
-    section = measure_check(shape) if arguments.check else measure(shape, arguments.repeats)
+    how = measure_check if arguments.check else measure
+    section = how(shape, arguments.repeats)
     section.seconds = time.perf_counter() - started_at
     print(section.markdown() + "\n", flush=True)
     path = Path(arguments.output or f"benchmarks/results/scaling-{name}.json")
@@ -123,6 +124,7 @@ def measure(shape: "Shape", repeats: int) -> "Section":
 
 def measured(shape: "Shape", processes: int, **task: Any) -> "Counts":
     """What a run in processes of their own counted."""
+    from benchmarks.rates import Rates
     from benchmarks.scaling_worker import Counts
 
     with tempfile.TemporaryDirectory() as folder:
@@ -142,7 +144,8 @@ def measured(shape: "Shape", processes: int, **task: Any) -> "Counts":
         )
     if done.returncode != 0:
         raise RuntimeError(f"the worker failed: {done.stderr.strip()[-8000:]}")
-    return Counts(**json.loads(done.stdout.splitlines()[-1]))
+    counts = json.loads(done.stdout.splitlines()[-1])
+    return Counts(**{**counts, "rates": Rates(**counts["rates"])})
 
 
 def command_line(arguments: argparse.Namespace) -> str:

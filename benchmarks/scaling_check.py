@@ -6,14 +6,13 @@ predicted with it.
 """
 
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from benchmarks.cases import Shape, new_student, new_teacher
+from benchmarks.rates import Rates
 from benchmarks.report import Section
 from benchmarks.scaling import measured
 from benchmarks.scaling_worker import Counts
@@ -26,8 +25,6 @@ from distillation.scale_plan import ScalePlan, plan_at_scale
 from distillation.scale_sizes import Setup
 
 TOLERANCE = 0.2
-_REPEATS = 5
-_COPIED = 2**26
 
 
 @dataclass(frozen=True)
@@ -49,31 +46,41 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def measure_check(shape: Shape) -> Section:
-    """Predict some runs, run them, and compare."""
+def measure_check(shape: Shape, repeats: int) -> Section:
+    """Predict some runs, run them, and compare.
+
+    Args:
+        shape: Sizes of the first run.
+        repeats: Of each run; the shortest counts.
+    """
     section = Section(
-        f"The plan against real runs (one thread per process; all but the first differ from"
-        f" {shape})",
+        f"The plan against real runs (one thread per process; the shortest of {repeats}; all but"
+        f" the first differ from {shape})",
         ["run", "quantity", "predicted", "measured", "predicted / measured", "within 20 %"],
     )
-    kind = this_machine()
     efficiency = [1.0, 1.0]
+    said = []
     for index, case in enumerate(cases(shape)):
-        found = measured(case.shape, case.processes, shards=case.shards, options=case.options)
-        own = replace(kind, link_rate=found.link or 1.0)
+        how = {"shards": case.shards, "options": case.options}
+        runs = [measured(case.shape, case.processes, **how) for _ in range(repeats)]
+        found = min(runs, key=lambda run: run.seconds)  # other work on the machine only adds
+        assert found.rates is not None
+        own = as_device(found.rates)
         if index == 0:
             efficiency = [
                 reached(case, own, seconds) for seconds in (found.seconds, found.thread_seconds)
             ]
         print(f"{case.name}: {found.seconds:.1f} s", file=sys.stderr, flush=True)
-        plans = [planned(case, own, share) for share in efficiency]
+        said.append(in_words(case, found.rates))
+        plans = [planned(case, own, share, gathering(found.rates)) for share in efficiency]
         add_rows(section, case, plans, found, calibrates=index == 0)
     section.notes += [
-        f"Measured first: {kind.flops / 1e9:.1f} GFLOP/s in products of a block's shape,"
-        f" {kind.memory_rate / 1e9:.1f} GB/s of memory, the link in each run of two; efficiency"
-        f" {efficiency[0]:.2f} of time and {efficiency[1]:.2f} of processor time, from the first"
-        " run, whose times are therefore no predictions. Processor time is that of the thread that"
-        " trains in process 0, without other work on the machine and without waiting.",
+        "Rates of process 0, measured in each run while all its processes measure: products of a"
+        f" block's shape, memory, sums of a block's gradients, gathering a block."
+        f" {'; '.join(said)}.",
+        f"Efficiency {efficiency[0]:.2f} of time and {efficiency[1]:.2f} of processor time, from"
+        " the first run, whose times are therefore no predictions. Processor time is that of the"
+        " thread that trains in process 0.",
         "Memory: of process 0, above its level before there are models. Traffic: bytes handed to"
         " the sums over processes, and whole blocks gathered, counted where they are sent.",
     ]
@@ -102,36 +109,34 @@ def cases(shape: Shape) -> list[Case]:
     ]
 
 
-def this_machine() -> Accelerator:
+def as_device(rates: Rates) -> Accelerator:
     """One thread of this machine as a device."""
-    torch.set_num_threads(1)
-    left, right = torch.randn(1024, 256), torch.randn(256, 1024)
-    seconds = best(lambda: torch.mm(left, right))
-    source, target = torch.empty(_COPIED), torch.empty(_COPIED)
-    copying = best(lambda: target.copy_(source))
     return Accelerator(
         name="thread",
         memory_bytes=float(free_memory(torch.device("cpu"))),
-        flops=2 * 1024 * 256 * 1024 / seconds,
-        memory_rate=2 * source.nbytes / copying,
-        link_rate=1.0,
+        flops=rates.flops,
+        memory_rate=rates.memory,
+        link_rate=rates.summed or 1.0,
         network_rate=1.0,
         disk_rate=1e10,  # a small file stays in the page cache
     )
 
 
-def best(work: Callable[[], object]) -> float:
-    """The shortest of a few runs after one to warm up."""
-    work()
-    times = []
-    for _ in range(_REPEATS):
-        started_at = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - started_at)
-    return min(times)
+def gathering(rates: Rates) -> float:
+    """What gathering reaches of the rate of sums."""
+    return rates.gathered / rates.summed if rates.gathered else 1.0
 
 
-def planned(case: Case, kind: Accelerator, efficiency: float) -> ScalePlan:
+def in_words(case: Case, rates: Rates) -> str:
+    """The rates of a run."""
+    words = [f"{rates.flops / 1e9:.1f} GFLOP/s", f"{rates.memory / 1e9:.1f} GB/s"]
+    words += [f"{rate / 1e9:.2f} GB/s" for rate in (rates.summed, rates.gathered) if rate]
+    return f"{case.name}: {', '.join(words)}"
+
+
+def planned(
+    case: Case, kind: Accelerator, efficiency: float, gather_share: float = 1.0
+) -> ScalePlan:
     """What the plan says of a run."""
     shape = case.shape
     outline = replace(shape, device="meta")
@@ -156,7 +161,7 @@ def planned(case: Case, kind: Accelerator, efficiency: float) -> ScalePlan:
         audits=False,
         fits_read_outs=False,
     )
-    cluster = Cluster(kind, case.processes, efficiency, link_share=1.0)
+    cluster = Cluster(kind, case.processes, efficiency, 1.0, gather_share)
     return plan_at_scale(teacher, student, work, cluster, setup)
 
 

@@ -23,13 +23,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from benchmarks.cases import Shape, new_student, new_teacher, windows_loader
 from benchmarks.memory import MIB, forget_peak, peak_mib
+from benchmarks.rates import Rates, measure_rates
 from cleangpt.runtime.ranks import join
 from cleangpt.sharding import shard_blocks
 from distillation import DistillationTrainer
 
 LR = 1e-3
-_LINK_BYTES = 32 * 2**20
-_LINK_REPEATS = 5
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class Counts:
         reduced: Messages summed over all processes.
         gathered: Blocks of the teacher that were gathered, whole.
         peak: Memory above that of the process without models, at most.
-        link: Bytes a second between two processes; 0 of one alone.
+        rates: What it computes, moves and sends per second.
     """
 
     seconds: float = 0.0
@@ -77,14 +76,14 @@ class Counts:
     reduced: int = 0
     gathered: int = 0
     peak: float = 0.0
-    link: float = 0.0
+    rates: Rates | None = None
 
 
 def run(task: Task) -> Counts:
     """Train, and count."""
     torch.set_num_threads(1)
     ranks = join("cpu")
-    counts = Counts(link=link_rate() if ranks.count > 1 else 0.0)
+    counts = Counts()
     warm_up(task)
     gc.collect()
     before = psutil.Process().memory_info().rss / MIB
@@ -95,6 +94,10 @@ def run(task: Task) -> Counts:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     forget_peak()
     trainer = new_trainer(task, teacher, student)
+    stacks = trainer.backbone_trainer.teacher, trainer.backbone_trainer.student
+    block = sum(parameter.nbytes for parameter in stacks[0].block(0).parameters())
+    gradients = [torch.zeros_like(parameter) for parameter in stacks[1].block(1).parameters()]
+    counts.rates = measure_rates(ranks, gradients, shards, block)
     gathers = 0 if shards is None else shards.gathers
     count_sums(counts)
     watch(trainer, counts)
@@ -105,7 +108,6 @@ def run(task: Task) -> Counts:
     counts.peak = (peak_mib("cpu") - before) * MIB
     counts.output = folder_bytes(trainer.run.path)
     if shards is not None:
-        block = sum(p.nbytes for p in trainer.backbone_trainer.teacher.block(0).parameters())
         counts.gathered = (shards.gathers - gathers) * block
     return counts
 
@@ -208,18 +210,6 @@ def training_bytes(optimizer: Any) -> int:
 def folder_bytes(folder: Path) -> int:
     """The size of all files below a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def link_rate() -> float:
-    """Bytes a second that each process sends while all sum up a large message."""
-    message = torch.ones(_LINK_BYTES // 4)
-    distributed.all_reduce(message)
-    started_at = time.perf_counter()
-    for _ in range(_LINK_REPEATS):
-        distributed.all_reduce(message)
-    seconds = (time.perf_counter() - started_at) / _LINK_REPEATS
-    count = distributed.get_world_size()
-    return 2 * (count - 1) / count * _LINK_BYTES / seconds
 
 
 def main() -> None:

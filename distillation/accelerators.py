@@ -76,13 +76,15 @@ class Cluster:
         efficiency: Share of the peak operations reached in forward and backward passes, in (0, 1].
             Llama 3 405B was trained at 0.38 to 0.43 on H100 (Grattafiori et al. 2024,
             arXiv:2407.21783, table 4).
-        link_share: Share of a link's peak that a collective operation reaches, in (0, 1].
+        link_share: Share of a link's peak that a sum over devices reaches, in (0, 1].
+        gather_share: The same of gathering a block that is spread; None is ``link_share``.
     """
 
     kind: Accelerator
     count: int
     efficiency: float = 0.4
     link_share: float = 0.7
+    gather_share: float | None = None
 
     @property
     def flops(self) -> float:
@@ -91,10 +93,20 @@ class Cluster:
 
     @property
     def link(self) -> float:
-        """Bytes per second between two devices as reached; the slowest link rules a ring."""
+        """Bytes per second between two devices as reached in a sum."""
+        return self._peak_link * self.link_share
+
+    @property
+    def gathering(self) -> float:
+        """Bytes per second that a device receives of a block that is gathered."""
+        share = self.link_share if self.gather_share is None else self.gather_share
+        return self._peak_link * share
+
+    @property
+    def _peak_link(self) -> float:
+        """The slowest link rules a ring."""
         crosses_nodes = self.count > self.kind.per_node
-        rate = self.kind.network_rate if crosses_nodes else self.kind.link_rate
-        return rate * self.link_share
+        return self.kind.network_rate if crosses_nodes else self.kind.link_rate
 
     def reduced(self, message: float) -> float:
         """Bytes each device sends to sum up a message over all of them, in a ring.

@@ -295,7 +295,7 @@ class _LayOut:
         """What one stage needs."""
         gathers = self.gathers(index, own) if self.setup.shards_teacher else 0
         seconds = self.run.seconds_of(own)
-        seconds += self.cluster.gathered(gathers * self.block_bytes) / self.cluster.link
+        seconds += self.cluster.gathered(gathers * self.block_bytes) / self.cluster.gathering
         seconds += own.steps * self._read_bytes() / self.cluster.kind.disk_rate
         share = self.run.kept_share
         flops = share * own.flops[0] + (1 - share) * own.flops[1]
