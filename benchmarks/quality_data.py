@@ -12,6 +12,7 @@ from cleangpt.teacher import load_teacher
 
 ALL_BUDGETS = {**BUDGETS, **SHORTENED, **REAL_BUDGETS}
 REAL_TEST_WINDOWS = 96
+HELD_OUT_WINDOWS = 64
 PROMPTS = ("The history of the city began", "She opened the door and", "To make bread, you need")
 NEW_TOKENS = 40
 
@@ -39,6 +40,7 @@ def perform(run: Run, split: str, other_text: Path | None = None) -> dict[str, A
         shape=run.shape,
         budget=ALL_BUDGETS[run.budget],
         seed=run.seed,
+        held_out=windows_of(run.teacher, "builtin", "validation")[:HELD_OUT_WINDOWS],
     )
     return record | {"budget_name": run.budget, "teacher": run.teacher}
 

@@ -53,6 +53,8 @@ class Arm:
             first to read; the closed-form start alone is 0.
         head_phase: Whether there is a head phase at all.
         next_token: Whether the last stage learns the text itself, without a teacher.
+        validated: Whether each stage keeps its best weights by held-out text, as the command does;
+            what that costs is not charged.
         untrained_start: Whether all but the polish has an untrained teacher of the same shape.
         options: More keyword arguments of the trainer.
         training: More keyword arguments of its ``train``.
@@ -65,6 +67,7 @@ class Arm:
     head: float = 0.0
     head_phase: bool = False
     next_token: bool = False
+    validated: bool = False
     untrained_start: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
@@ -230,10 +233,12 @@ def run_arm(
     budget: float,
     seed: int,
     batch_size: int = 8,
+    held_out: Tensor | None = None,
 ) -> dict[str, Any]:
     """Train one student on windows, [windows, seq], and judge it; the record says how.
 
-    Every judge is given the student, and adds what it returns.
+    A validated arm keeps its best weights by the windows ``held_out``. Every judge is given the
+    student, and adds what it returns.
     """
     torch.manual_seed(seed)
     student: Any = build_student(GPTConfig(model_type=kind, dropout=0.0, **shape))
@@ -249,6 +254,10 @@ def run_arm(
         "lr_per_block": 1e-3,
         **arm.training,
     }
+    loaders = stage_loaders(windows, steps, seed, batch_size)
+    validation = None
+    if arm.validated and held_out is not None:
+        validation = StepLoader(held_out, batch_size, len(held_out) // batch_size, seed)
     passes = [(arm, start, epochs)]
     if arm.untrained_start:
         alone = {**epochs, "epochs_per_block": 0, "train_lm_head": False}
@@ -259,9 +268,8 @@ def run_arm(
     train_seconds = 0.0
     for stages, teacher_of_stages, arguments in passes:
         with tempfile.TemporaryDirectory() as folder:
-            trainer = _trainer(
-                stages, teacher_of_stages, student, windows, steps, seed, batch_size, Path(folder)
-            )
+            models = teacher_of_stages, student
+            trainer = _trainer(stages, models, loaders, validation, seed, Path(folder))
             train_seconds += trainer.train(**arguments)["seconds"]
     seconds = time.perf_counter() - started_at
     judged = {name: value for judge in judges for name, value in judge(student).items()}
@@ -295,38 +303,35 @@ def untrained_like(teacher: Any, seed: int) -> Any:
     return type(teacher)(teacher.config).eval()
 
 
+def stage_loaders(windows: Tensor, steps: Steps, seed: int, batch_size: int) -> list[StepLoader]:
+    """The batches of blocks, head and polish; those of a stage without steps warm up or fit."""
+    counts = [max(count, WARM_UP_STEPS) for count in (steps.blocks, steps.head, steps.polish)]
+    if not steps.head:  # the closed-form start reads the data
+        counts[1] = HEAD_FIT_TOKENS // (batch_size * windows.shape[1])
+    return [StepLoader(windows, batch_size, count, seed) for count in counts]
+
+
 def _trainer(
     arm: Arm,
-    teacher: Any,
-    student: Any,
-    windows: Tensor,
-    steps: Steps,
+    models: tuple[Any, Any],
+    loaders: Sequence[StepLoader],
+    validation: StepLoader | None,
     seed: int,
-    batch_size: int,
     folder: Path,
 ) -> DistillationTrainer:
-    loaders = [
-        StepLoader(windows, batch_size, max(count, WARM_UP_STEPS), seed)
-        for count in (steps.blocks, steps.head, steps.polish)
-    ]
     options: dict[str, Any] = {
         "logit_loss_temperature": 1.0,
         "init_from_teacher": arm.init,
         "precision": "fp32",
         "seed": seed,
+        "validation_dataloader": validation,
+        "output_dir": folder / "run",
         **arm.options,
     }
-    trainer = DistillationTrainer(
-        teacher, student, None, loaders[0], output_dir=folder / "run", **options
-    )
+    trainer = DistillationTrainer(*models, None, loaders[0], **options)
     if arm.next_token:
-        trainer.polish_trainer = NextTokenTrainer(
-            *(teacher, student, None, loaders[2]), output_dir=folder / "run", **options
-        )
+        trainer.polish_trainer = NextTokenTrainer(*models, None, loaders[2], **options)
     trainer.head_trainer.train_dataloader = loaders[1]
-    if not steps.head:  # the closed-form start reads the data
-        needed = HEAD_FIT_TOKENS // (batch_size * windows.shape[1])
-        trainer.head_trainer.train_dataloader = StepLoader(windows, batch_size, needed, seed)
     trainer.polish_trainer.train_dataloader = loaders[2]
     return trainer
 

@@ -34,6 +34,8 @@ class DistillationConfig:
         distill_loss_temperature: Temperature of the hidden "kl_div", > 0.
         use_stitching_layers: Whether each block learns through its own stitching layer.
         stitching_layer_bias: Whether stitching layers have a bias.
+        stitch_equal_widths: Whether a student that starts from the teacher, and is as wide, has
+            stitches too. Without them its states are compared as the teacher's own.
         freeze_previous_blocks: Whether blocks before the one in training stay fixed. If not, they
             and the embeddings go on learning through it.
         schedule: "sequential" trains one block after the other; "parallel_local" trains all of them
@@ -128,6 +130,7 @@ class DistillationConfig:
     logit_loss_temperature: float = 2.0
     logit_loss_weight: float = 1.0
     init_from_teacher: str = "none"
+    stitch_equal_widths: bool = True
     stitch_start: str = "random"
     train_stitches: bool = True
     head_start: str = "least_squares"
@@ -240,6 +243,7 @@ class LoopOptions(TypedDict, total=False):
     """The keyword-only settings all trainers take, described in :class:`DistillationConfig`."""
 
     init_from_teacher: str
+    stitch_equal_widths: bool
     stitch_start: str
     train_stitches: bool
     head_start: str

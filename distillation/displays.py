@@ -106,7 +106,7 @@ def shown_trainer(trainer: "DistillationTrainer") -> str:
     """What a trainer is about to do, or has done: models, stages, data and the state of its run."""
     backbone, logit = trainer.backbone_trainer, trainer.head_trainer.config
     config = backbone.config
-    stitched = "through stitches" if config.use_stitching_layers else "without stitches"
+    stitched = "through stitches" if backbone.is_stitched else "without stitches"
     lines = {
         "teacher": _shown_model(backbone.teacher),
         "student": _shown_model(backbone.student),

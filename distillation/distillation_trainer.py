@@ -69,11 +69,11 @@ class DistillationTrainer:
             bits of one that never was. Without such a run one begins; a finished one is returned.
         keep_start: Whether to save the untrained student too, in ``start/``, for comparison.
         show_progress: Whether to draw bars; None draws them on a terminal and in a notebook.
-        **options: ``init_from_teacher``, ``stitch_start``, ``train_stitches``, ``head_start``,
-            ``head_tying``, ``polish_hidden_weight``, ``polish_hidden_fade``, ``audit_tokens``,
-            ``early_stop_patience``, ``overfit_gate``,
-            ``gradient_accumulation_steps``, ``lr_schedule``, ``warmup_ratio``,
-            ``min_lr_ratio``, ``max_nonfinite_in_a_row``, ``first_hidden_position``,
+        **options: ``init_from_teacher``, ``stitch_equal_widths``, ``stitch_start``,
+            ``train_stitches``, ``head_start``, ``head_tying``, ``polish_hidden_weight``,
+            ``polish_hidden_fade``, ``audit_tokens``, ``early_stop_patience``, ``overfit_gate``,
+            ``gradient_accumulation_steps``, ``lr_schedule``, ``warmup_ratio``, ``min_lr_ratio``,
+            ``max_nonfinite_in_a_row``, ``first_hidden_position``,
             ``activation_cache``, ``activation_cache_gb``, ``activation_dtype``,
             ``keep_activations``, ``schedule``, ``block_inputs``, ``layer_map``, ``blocks``,
             ``precision``, ``compile_blocks``, ``checkpoint_minutes``, ``checkpoint_steps``,

@@ -13,6 +13,7 @@ from cleangpt.runtime.module_state import preserved_modes
 from cleangpt.runtime.ranks import Ranks
 from cleangpt.vocabulary import token_rows
 from distillation.batch import Batch
+from distillation.config import DistillationConfig
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,16 @@ def check_widths(teacher: BlockStack, student: BlockStack, *, stitched: bool) ->
             "Set use_stitching_layers=True (--use_stitching_layers), or"
             f" n_embd={teacher.hidden_size}.",
         )
+
+
+def needs_stitches(teacher: BlockStack, student: BlockStack, config: DistillationConfig) -> bool:
+    """Whether blocks learn through stitches.
+
+    The states of a student that starts from the teacher, and is as wide, start as the teacher's
+    own: a stitch would only let them drift away from what the copied weights expect.
+    """
+    as_wide = student.hidden_size == teacher.hidden_size and config.init_from_teacher != "none"
+    return config.use_stitching_layers and (config.stitch_equal_widths or not as_wide)
 
 
 def number_blocks(student: BlockStack) -> None:

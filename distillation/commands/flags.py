@@ -285,6 +285,10 @@ def _add_stage_flags(parser: CommandParser) -> None:
         "freeze_previous_blocks": ("no_freeze_previous_blocks", "keep earlier blocks fixed"),
         "use_stitching_layers": ("no_stitching_layers", "project to the teacher's width"),
         "stitching_layer_bias": ("no_stitching_layer_bias", "biases in the projections"),
+        "stitch_equal_widths": (
+            "no_stitch_equal_widths",
+            "the same for a student as wide as the teacher that starts from it",
+        ),
         "train_stitches": ("no_train_stitches", "let the projections learn"),
         "train_lm_head": ("no_train_lm_head", "run the head phase"),
         "initialize_head_from_teacher": (

@@ -36,7 +36,10 @@ def parse_arguments(argv: Sequence[str] | None, module: str = PROGRAM) -> argpar
     arguments.recipe = chosen
     # A run's own config.yaml names every setting; the file its recipe was may be gone by then.
     needed = {name for name in method - named if parser.get_default(name) is not None}
-    values = recipe_settings(chosen, parser) if needed or origins.get("recipe") == FLAG else {}
+    kind = arguments.student_model_type
+    values = (
+        recipe_settings(chosen, parser, kind) if needed or origins.get("recipe") == FLAG else {}
+    )
     if origins.get("recipe") == FLAG and not set(values) - named:
         logger.warning("--recipe %s decides nothing: all it says is named otherwise.", chosen)
     for name, value in values.items():
@@ -67,14 +70,14 @@ def is_changed(parser: CommandParser, arguments: argparse.Namespace, name: str) 
     return bool(getattr(arguments, name) != parser.get_default(name))
 
 
-def recipe_settings(name: str, parser: CommandParser) -> dict[str, Any]:
-    """What a recipe sets: one of ours, or a file of one's own.
+def recipe_settings(name: str, parser: CommandParser, kind: str) -> dict[str, Any]:
+    """What a recipe sets for a kind of student: one of ours, or a file of one's own.
 
     Raises:
         UsageError: If there is none of that name, or it has what is not of the method.
     """
     if name in RECIPES:
-        return dict(RECIPES[name].settings)
+        return RECIPES[name].settings_for(kind)
     if not Path(name).is_file():
         raise UsageError(
             f"There is no recipe {name}.",

@@ -6,7 +6,7 @@ command takes a file of one's own in their place.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -36,6 +36,7 @@ class Recipe:
     Args:
         name: What it is called.
         settings: All of it, by the names of the flags.
+        of_kinds: What is otherwise for a kind of student, by its name.
 
     Example:
         >>> recipe = RECIPES["best"]
@@ -45,6 +46,11 @@ class Recipe:
 
     name: str
     settings: Mapping[str, Any]
+    of_kinds: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def settings_for(self, kind: str) -> dict[str, Any]:
+        """The settings for one kind of student."""
+        return {**self.settings, **self.of_kinds.get(kind, {})}
 
     @property
     def options(self) -> dict[str, Any]:
@@ -60,7 +66,8 @@ class Recipe:
 
 def _ours(name: str) -> Recipe:
     text = Path(__file__).with_name(f"{name}.yaml").read_text(encoding="utf-8")
-    return Recipe(name, yaml.safe_load(text))
+    settings = yaml.safe_load(text)
+    return Recipe(name, settings, settings.pop("of_kinds", {}))
 
 
 RECIPES: Final = {name: _ours(name) for name in ("tutorial", "best")}

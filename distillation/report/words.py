@@ -182,7 +182,8 @@ def recipe_of(settings: dict[str, Any]) -> tuple[Recipe, dict[str, Any]]:
         name: {
             key: settings[key]
             for key, value in {**recipe.options, **recipe.training}.items()
-            if key in settings and settings[key] != value
+            if key in settings
+            and settings[key] not in (value, *(own.get(key) for own in recipe.of_kinds.values()))
         }
         for name, recipe in RECIPES.items()
     }

@@ -28,7 +28,7 @@ from distillation.layer_map import choose_blocks, choose_layer_map
 from distillation.losses import DistillationLoss
 from distillation.passing_states import PassingStates
 from distillation.pictures import save_hidden_state_picture
-from distillation.preflight import check_widths
+from distillation.preflight import check_widths, needs_stitches
 from distillation.read_outs import fit_read_outs
 from distillation.stages import BlockStage, Loss, Stage, standardises
 from distillation.teacher_init import init_from_teacher, slice_basis
@@ -133,6 +133,7 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
         self.basis: Tensor | None = None
         self.is_prepared = False
         check_widths(self.teacher, self.student, stitched=config.use_stitching_layers)
+        self.is_stitched = needs_stitches(self.teacher, self.student, config)
         check_inputs(config.block_inputs, config.schedule, self.activations)
 
     @property
@@ -207,11 +208,10 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
             self._audit()
         self.basis = self.ranks.from_main(self._basis())
         if config.init_from_teacher != "none":
-            how = config.init_from_teacher
             models = self.teacher, self.student, self.layer_map
-            for line in init_from_teacher(*models, how, self.basis):
+            for line in init_from_teacher(*models, config.init_from_teacher, self.basis):
                 logger.info("From the teacher: %s", line)
-        if config.use_stitching_layers:
+        if self.is_stitched:
             self.stitches = self._new_stitches()
 
     def level_loss(self, block: int) -> Loss:
@@ -221,7 +221,7 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
             return loss_fn
         statistics = self.audit.statistics(self.layer_map[block] + 1)
         loss_fn = loss_fn.at_level(statistics.to(self.device))
-        are_raw = self.shares_basis or not self.config.use_stitching_layers
+        are_raw = self.shares_basis or not self.is_stitched
         return loss_fn.on_raw_states() if are_raw else loss_fn
 
     def stages(self, activations: Activations) -> list[BlockStage]:

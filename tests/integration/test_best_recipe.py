@@ -61,6 +61,25 @@ def test_a_student_that_is_the_teacher_stays_it(tmp_path: Path) -> None:
     assert kl_of(student) < 1e-4
 
 
+def test_a_student_as_wide_that_starts_from_the_teacher_has_no_stitches(tmp_path: Path) -> None:
+    def stitched(name: str, **shape: Any) -> bool:
+        start = shape.pop("start", "pca")
+        trainer = DistillationTrainer(
+            *(tiny_teacher(), tiny_student(**shape), None, batches()),
+            output_dir=tmp_path / name,
+            **{**RECIPES["best"].options, "early_stop_patience": 0, "init_from_teacher": start},
+        )
+        trainer.train(1, 1e-3, lm_head_epochs=0)
+        return (tmp_path / name / "stitching_layers.safetensors").exists()
+
+    as_wide = {"n_embd": WIDTH, "n_head": 4}
+    assert not stitched("as wide", n_layer=1, **as_wide)
+    assert stitched("narrower", n_layer=1)
+    assert stitched("from nothing", n_layer=1, start="none", **as_wide)
+    best = {k: RECIPES["best"].settings_for(k) for k in ("Vanilla", "Factored", "SASP")}
+    assert [k for k in best if best[k]["stitch_equal_widths"]] == ["SASP"]
+
+
 def test_stitches_start_as_the_best_read_out_of_the_untrained_block(tmp_path: Path) -> None:
     def first_loss(name: str, start: str) -> float:
         trainer = backbone_trainer(
