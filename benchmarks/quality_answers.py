@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.quality_plan import BUDGETS, HEAD_SHARES, KINDS, TABLES, WIDTHS
-from benchmarks.quality_statistics import Contrast, contrast
+from benchmarks.quality_statistics import Contrast, contrast, estimate
 from benchmarks.report import table_line
 
 Record = dict[str, Any]
@@ -204,6 +204,11 @@ GOALS = (
 )
 
 
+GAP_BUDGET = "middle"
+GAPS_TO_CLOSE = {"Vanilla": 0.60, "Factored": 0.45, "SASP": 0.45}
+"""Shares of the way from training from scratch to the teacher."""
+
+
 def goals_table(groups: Groups) -> str:
     """Each bar with the default recipe's loss less the other's; met where the whole interval is."""
     head = [
@@ -224,7 +229,28 @@ def goals_table(groups: Groups) -> str:
                 difference = found.difference
                 cells = [str(difference), str(difference.count), _is_met(found, goal.at_most)]
                 lines.append(table_line([goal.text, kind, budget, *cells]))
-    return "\n".join(lines)
+    return "\n".join([*lines, *_gap_lines(groups)])
+
+
+def _gap_lines(groups: Groups) -> list[str]:
+    lines = []
+    for kind, share in GAPS_TO_CLOSE.items():
+        found, floor = (groups.get((arm, kind, GAP_BUDGET), {}) for arm in ("A5", "A0"))
+        seeds = sorted(set(found) & set(floor))
+        if not seeds:
+            continue
+        closed = estimate([_gap(found[seed], floor[seed]) for seed in seeds])
+        met = "yes" if closed.low >= share else "not shown" if closed.high >= share else "no"
+        shown = f"closes {closed.mean:.0%} [{closed.low:.0%}, {closed.high:.0%}]"
+        goal = f"{share:.0%} of the way from scratch to the teacher"
+        cells = [shown, str(len(seeds)), met if len(seeds) >= FEWEST_SEEDS else "too few seeds"]
+        lines.append(table_line([goal, kind, GAP_BUDGET, *cells]))
+    return lines
+
+
+def _gap(record: Record, floor: Record) -> float:
+    way: float = floor["loss"] - record["teacher_loss"]
+    return float((floor["loss"] - record["loss"]) / way)
 
 
 def _is_met(found: Contrast, at_most: float) -> str:

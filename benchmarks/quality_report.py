@@ -22,7 +22,7 @@ from benchmarks.quality_answers import (
 )
 from benchmarks.quality_choices import real_page, sizes_page
 from benchmarks.quality_plan import ABOUT_ARMS, BUDGETS, KINDS, PRIMARY_CONTRASTS, TABLES
-from benchmarks.quality_statistics import Contrast, estimate, holm
+from benchmarks.quality_statistics import Contrast, estimate, holm, over_text
 from benchmarks.report import table_line
 
 
@@ -164,23 +164,40 @@ def gap_closed(group: Group, floor: Group | None) -> str:
 
 def contrasts_table(groups: Groups) -> str:
     """The primary contrasts at every budget, with Holm's correction over all of them."""
-    rows: list[tuple[list[str], Contrast]] = []
+    rows: list[tuple[list[str], Contrast, str]] = []
     for first, second in PRIMARY_CONTRASTS:
         for kind in KINDS:
             for budget in BUDGETS:
                 found = paired(groups, first, second, kind, budget)
                 if found is None:
                     continue
-                rows.append(([f"{first} - {second}", kind, budget], found))
-    adjusted = holm([found.p_value for _, found in rows])
+                pair = [groups[arm, kind, budget] for arm in (first, second)]
+                rows.append(([f"{first} - {second}", kind, budget], found, text_interval(*pair)))
+    adjusted = holm([found.p_value for _, found, _ in rows])
     head = ["contrast", "student", "budget", "difference in nats (t interval)", "BCa interval"]
-    lines = [table_line([*head, "p (Holm)", "seeds", "reading"]), table_line(["---"] * 8)]
-    for (names, found), p in zip(rows, adjusted, strict=True):
+    head += ["over the text's windows", "p (Holm)", "seeds", "reading"]
+    lines = [table_line(head), table_line(["---"] * len(head))]
+    for (names, found, windows), p in zip(rows, adjusted, strict=True):
         interval = "" if found.bootstrap is None else "[{:.3f}, {:.3f}]".format(*found.bootstrap)
         shown = "" if math.isnan(p) else f"{p:.2g}"
-        cells = [*names, str(found.difference), interval, shown, str(found.difference.count)]
-        lines.append(table_line([*cells, reading(found)]))
+        cells = [*names, str(found.difference), interval, windows, shown]
+        cells.append(str(found.difference.count))
+        lines.append(table_line([*cells, corrected(reading(found), p)]))
     return "\n".join(lines)
+
+
+def corrected(words: str, p: float) -> str:
+    """A reading, and whether it stands among all the contrasts that were looked at."""
+    return f"{words}, not after Holm" if words in ("better", "worse") and not p < 0.05 else words
+
+
+def text_interval(first: Group, second: Group) -> str:
+    """The interval of a difference over the test text's windows; empty without their losses."""
+    seeds = sorted(set(first) & set(second))
+    if any("window_losses" not in group[seed] for group in (first, second) for seed in seeds):
+        return ""
+    pair = ([group[seed]["window_losses"] for seed in seeds] for group in (first, second))
+    return "[{:.3f}, {:.3f}]".format(*over_text(*pair))
 
 
 def draw_budgets(groups: Groups, path: Path, kind: str) -> None:

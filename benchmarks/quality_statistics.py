@@ -79,6 +79,24 @@ def contrast(first: Sequence[float], second: Sequence[float]) -> Contrast:
     return Contrast(estimate(differences.tolist()), p_value, interval)
 
 
+def over_text(
+    first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]
+) -> tuple[float, float]:
+    """The BCa 95 % interval of a difference over the windows of the text it was judged on.
+
+    How much the choice of the text decides, beside how much the seeds do.
+
+    Args:
+        first: The losses of each window, [seeds, windows].
+        second: Those of the other arm, for the same seeds and windows.
+    """
+    differences = np.subtract(first, second).mean(0)
+    found = stats.bootstrap(
+        (differences,), np.mean, method="BCa", rng=np.random.default_rng(0), batch=1000
+    ).confidence_interval
+    return float(found.low), float(found.high)
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Adjusted p-values after Holm (1979); those that are NaN stay so and are not counted."""
     known = sorted((p, i) for i, p in enumerate(p_values) if not np.isnan(p))

@@ -4,12 +4,13 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.quality import RESULTS
-from benchmarks.quality_answers import reading
+from benchmarks.quality_answers import goals_table, reading
 from benchmarks.quality_choices import real_page, sizes_page
 from benchmarks.quality_data import ALL_BUDGETS
 from benchmarks.quality_plan import (
@@ -30,7 +31,7 @@ from benchmarks.quality_runs import (
     run_arm,
     share_out,
 )
-from benchmarks.quality_statistics import contrast, estimate, holm
+from benchmarks.quality_statistics import contrast, estimate, holm, over_text
 from cleangpt.blocks import BlockStack
 from config_distillation import GPTConfig
 from model import build_student
@@ -204,6 +205,7 @@ def test_the_page_is_written_from_the_records(tmp_path: Path) -> None:
                     "kl": shift,
                     "agreement": 0.5,
                     "teacher_loss": 3.5,
+                    "window_losses": [loss + 0.1 * window for window in range(8)],
                     "train_seconds": 10.0,
                 }
             )
@@ -247,3 +249,24 @@ def test_no_record_of_the_study_spent_more_than_its_budget() -> None:
     for record in records:
         assert record["steps"]["flops"] <= record["budget"], record["key"]
         assert record["key"] in planned or record["table"] == "tuning", record["key"]
+
+
+def test_the_text_decides_as_much_as_its_windows_differ() -> None:
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(3, 400, generator=generator)
+    gain = 0.1 + 0.05 * torch.randn(400, generator=generator)
+    low, high = over_text((base - gain).tolist(), base.tolist())
+    assert low < float(-gain.mean()) < high
+    assert high - low == pytest.approx(2 * 1.96 * 0.05 / math.sqrt(400), rel=0.15)
+
+
+def test_a_share_of_the_way_to_the_teacher_is_shown_as_a_goal() -> None:
+    def group(loss: float, spread: float) -> dict[int, dict[str, Any]]:
+        return {n: {"loss": loss + spread * n * n, "teacher_loss": 3.0} for n in range(1, 6)}
+
+    best, scratch = group(3.5, 0.001), group(5.0, 0.002)
+    table = goals_table({("A5", "Vanilla", "middle"): best, ("A0", "Vanilla", "middle"): scratch})
+    line = table.splitlines()[-1]
+    assert line.startswith("| 60% of the way from scratch to the teacher | Vanilla | middle |")
+    assert "closes 75% " in line
+    assert line.endswith("| 5 | yes |")
