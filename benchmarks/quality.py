@@ -27,7 +27,8 @@ REPORT = "report"
 
 def build_parser() -> CommandParser:
     """The command's flags."""
-    from benchmarks.quality_plan import BUDGETS, TABLES
+    from benchmarks.quality_plan import BUDGETS
+    from benchmarks.quality_tables import TABLES
 
     parser = CommandParser(prog="python -m benchmarks.quality", description=__doc__)
     parser.add_argument("table", choices=(*TABLES, REPORT), help="what to run, or the page")
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     from transformers.utils import logging as transformers_logging
 
     from benchmarks.quality_data import perform
-    from benchmarks.quality_plan import TABLES
+    from benchmarks.quality_tables import TABLES
 
     transformers_logging.disable_progress_bar()
     if arguments.threads:

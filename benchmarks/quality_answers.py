@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.quality_plan import BUDGETS, HEAD_SHARES, KINDS, TABLES, WIDTHS
+from benchmarks.quality_plan import BUDGETS, HEAD_SHARES, KINDS, WIDTHS
 from benchmarks.quality_statistics import Contrast, contrast, estimate
+from benchmarks.quality_tables import TABLES
 from benchmarks.report import table_line
 
 Record = dict[str, Any]

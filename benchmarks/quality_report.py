@@ -21,8 +21,9 @@ from benchmarks.quality_answers import (
     reading,
 )
 from benchmarks.quality_choices import real_page, sizes_page
-from benchmarks.quality_plan import ABOUT_ARMS, BUDGETS, KINDS, PRIMARY_CONTRASTS, TABLES
+from benchmarks.quality_plan import ABOUT_ARMS, BUDGETS, KINDS, PRIMARY_CONTRASTS
 from benchmarks.quality_statistics import Contrast, estimate, holm, over_text
+from benchmarks.quality_tables import TABLES
 from benchmarks.report import table_line
 
 

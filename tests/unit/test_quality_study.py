@@ -18,7 +18,6 @@ from benchmarks.quality_plan import (
     REAL_SHAPES,
     REAL_VOCABULARY,
     SHORTENED,
-    TABLES,
     Run,
     arms,
 )
@@ -32,6 +31,7 @@ from benchmarks.quality_runs import (
     share_out,
 )
 from benchmarks.quality_statistics import contrast, estimate, holm, over_text
+from benchmarks.quality_tables import TABLES
 from cleangpt.blocks import BlockStack
 from config_distillation import GPTConfig
 from model import build_student
