@@ -100,6 +100,14 @@ def tuning_table() -> Iterator[Run]:
     """The trials of learning rates, to be judged on the validation split."""
     for arm in more_trials():
         yield Run(arm, "Vanilla", "small", TUNING_SEED)
+        if arm.name == "A5 mixed inputs":
+            for tried in (arms()["A5"], arm):
+                yield Run(tried, "Vanilla", "middle", TUNING_SEED)
+    for kind in KINDS[1:]:
+        a5 = arms(kind)["A5"]
+        options = a5.options | {"block_inputs": "mixed"}
+        mixed = replace(a5, name="A5 mixed inputs", options=options)
+        yield Run(mixed, kind, "small", TUNING_SEED)
     for kind in KINDS:
         for name, trials in TRIALS.items():
             for trial in trials:
