@@ -245,28 +245,12 @@ def run_arm(
     costs = Costs(BlockStack(teacher), BlockStack(student), windows.shape[1])
     steps = share_out(arm, costs, budget, windows.numel(), batch_size * windows.shape[1])
     started_at = time.perf_counter()
-    start = untrained_like(teacher, seed) if arm.untrained_start else teacher
-    epochs: dict[str, Any] = {
-        "epochs_per_block": min(1, steps.blocks),
-        "train_lm_head": arm.head_phase,
-        "lm_head_epochs": min(1, steps.head),
-        "polish_epochs": min(1, steps.polish),
-        "lr_per_block": 1e-3,
-        **arm.training,
-    }
     loaders = stage_loaders(windows, steps, seed, batch_size)
     validation = None
     if arm.validated and held_out is not None:
         validation = StepLoader(held_out, batch_size, len(held_out) // batch_size, seed)
-    passes = [(arm, start, epochs)]
-    if arm.untrained_start:
-        alone = {**epochs, "epochs_per_block": 0, "train_lm_head": False}
-        passes = [
-            (arm, start, {**epochs, "polish_epochs": 0}),
-            (replace(arm, init="none"), teacher, alone),
-        ]
     train_seconds = 0.0
-    for stages, teacher_of_stages, arguments in passes:
+    for stages, teacher_of_stages, arguments in calls_of(arm, steps, teacher, seed):
         with tempfile.TemporaryDirectory() as folder:
             models = teacher_of_stages, student
             trainer = _trainer(stages, models, loaders, validation, seed, Path(folder))
@@ -286,6 +270,27 @@ def run_arm(
         "tokens_per_second": decoding_rates(teacher, student),
         **judged,
     }
+
+
+def calls_of(
+    arm: Arm, steps: Steps, teacher: Any, seed: int
+) -> list[tuple[Arm, Any, dict[str, Any]]]:
+    """The calls of ``train`` that an arm is made of: what starts, from whom it learns, and how."""
+    epochs: dict[str, Any] = {
+        "epochs_per_block": min(1, steps.blocks),
+        "train_lm_head": arm.head_phase,
+        "lm_head_epochs": min(1, steps.head),
+        "polish_epochs": min(1, steps.polish),
+        "lr_per_block": 1e-3,
+        **arm.training,
+    }
+    if not arm.untrained_start:
+        return [(arm, teacher, epochs)]
+    alone = {**epochs, "epochs_per_block": 0, "train_lm_head": False}
+    return [
+        (arm, untrained_like(teacher, seed), {**epochs, "polish_epochs": 0}),
+        (replace(arm, init="none"), teacher, alone),
+    ]
 
 
 def decoding_rates(teacher: Any, student: Any) -> dict[str, float | None]:
