@@ -109,18 +109,22 @@ def _windows(
 
 
 def validation_dataloader(
-    arguments: argparse.Namespace, teacher: "Teacher", ranks: "Ranks | None" = None
+    arguments: argparse.Namespace,
+    teacher: "Teacher",
+    loader: "DataLoader[Any]",
+    ranks: "Ranks | None" = None,
 ) -> "DataLoader[Any] | None":
-    """Windows of the data set's validation split, as many as the flag says; None if it has none."""
+    """Windows of the data set's validation split, as many as the flag says; None if it has none.
+
+    Args:
+        arguments: The parsed flags.
+        teacher: Gives the tokenizer.
+        loader: That of the training windows; its collator makes these batches too.
+        ranks: The processes of the run, to read a stream together.
+    """
     from torch.utils.data import Subset
 
-    from cleangpt.data import (
-        DistillationDataCollator,
-        StreamedWindows,
-        TextDataset,
-        TextStream,
-        make_dataloader,
-    )
+    from cleangpt.data import StreamedWindows, TextDataset, TextStream, make_dataloader
     from cleangpt.errors import CleanGPTError
 
     size = arguments.block_size
@@ -144,7 +148,7 @@ def validation_dataloader(
         return None
     return make_dataloader(
         Subset(dataset, range(min(len(dataset), windows))),
-        DistillationDataCollator(teacher.tokenizer, arguments.block_size),
+        loader.collate_fn,
         arguments.batch_size,
         shuffle=False,
     )

@@ -90,8 +90,9 @@ def distil(
     from cleangpt.metrics_log import format_seconds
 
     trainer, student = prepare(arguments, find_class)
-    processes = launched(os.environ)[1]
-    planned = estimate(trainer, arguments) if processes == 1 else None
+    alone = launched(os.environ)[1] == 1
+    was_done = (trainer.run.manifest() or {}).get("status") == "done" and arguments.resume
+    planned = estimate(trainer, arguments) if alone and not was_done else None
     results = train(trainer, arguments)
     if planned:
         logger.info(
@@ -159,7 +160,7 @@ def prepare(
     if arguments.plan:
         arguments.early_stop_patience = 0  # it would ask for held-out text, which is not read here
     elif arguments.validation_tokens:
-        held_out = validation_dataloader(arguments, teacher, ranks)
+        held_out = validation_dataloader(arguments, teacher, loader, ranks)
     return build_trainer(arguments, teacher, student, loader, held_out, device), student
 
 
