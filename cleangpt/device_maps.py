@@ -58,6 +58,21 @@ def device_map(outline: nn.Module, asked: str, device: torch.device) -> dict[str
     return found | {names[id(block)]: place for block, place in zip(blocks, places, strict=True)}
 
 
+def bytes_on(device: torch.device, model: nn.Module) -> int:
+    """What a model takes on its training device, with or without its weights.
+
+    All of it, or by its ``hf_device_map`` what lies there and the largest of the parts that are
+    fetched when they run.
+    """
+    total = sum(parameter.nbytes for parameter in model.parameters())
+    away = []
+    for name, place in getattr(model, "hf_device_map", {}).items():
+        if place == DISK or torch.device(place).type != device.type:
+            parts = model.named_parameters()
+            away.append(sum(p.nbytes for own, p in parts if f"{own}.".startswith(f"{name}.")))
+    return total - sum(away) + max(away, default=0)
+
+
 def filled(sizes: Sequence[int], rooms: Mapping[str, int]) -> list[str]:
     """Blocks in order, each to the first place with room for it; what is left stays in its file.
 

@@ -42,6 +42,7 @@ class Workload:
         reads_student: Whether the student's own do.
         passes: How many passes the data come in; every stage has all its epochs on each.
         polish_reads_levels: Whether the polish is taught the states of all teaching blocks too.
+        teacher_bytes: What the teacher takes where the run trains; None is all of it.
     """
 
     positions: int
@@ -59,6 +60,7 @@ class Workload:
     reads_student: bool = True
     passes: int = 1
     polish_reads_levels: bool = False
+    teacher_bytes: int | None = None
 
     def over_passes(
         self, kept: "Passes", streamed: "Passes", fresh: "Passes"
@@ -227,7 +229,9 @@ def memory_parts(
     if work.polish_epochs:
         training = max(training, polish_memory(student, work))
     stitch = stitch_parameters(teacher, student)
-    frozen = sum(parameter.nbytes for parameter in teacher.model.parameters())
+    frozen = work.teacher_bytes
+    if frozen is None:
+        frozen = sum(parameter.nbytes for parameter in teacher.model.parameters())
     weights = count_parameters(student.model) + student.num_blocks * stitch
     return {
         "both models and the stitches": frozen + 4 * weights,

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from cleangpt.blocks import BlockStack
+from cleangpt.device_maps import bytes_on
 from cleangpt.errors import OutOfMemory, UsageError, ran_out_of_memory
 from cleangpt.runtime.memory import free_memory
 from distillation.activations import kept_widths
@@ -41,12 +42,9 @@ def plan_training(
     widths = small_widths(trainer.teacher_model, trainer.student_model, config.block_inputs)
     need = needed_bytes(positions, widths, config.activation_dtype)
     limit = config.activation_cache_gb
-    unloaded = sum(
-        parameter.nbytes
-        for model in (trainer.teacher_model, trainer.student_model)
-        for parameter in model.parameters()
-        if parameter.is_meta
-    )
+    unloaded = sum(p.nbytes for p in trainer.student_model.parameters() if p.is_meta)
+    if all(parameter.is_meta for parameter in trainer.teacher_model.parameters()):
+        unloaded += bytes_on(trainer.device, trainer.teacher_model)
     cache = plan_cache(
         cache_setting(config.activation_cache, config.keep_activations),
         need,
@@ -145,4 +143,5 @@ def _workload(
         reads_student=trainer.config.block_inputs != "teacher",
         passes=passes_of(loader),
         polish_reads_levels=trainer.config.polish_hidden_weight > 0,
+        teacher_bytes=bytes_on(trainer.device, trainer.teacher_model),
     )

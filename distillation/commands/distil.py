@@ -174,6 +174,7 @@ def read_teacher(
     """
     import torch
 
+    from cleangpt.device_maps import device_map
     from cleangpt.errors import UsageError
     from cleangpt.sharding import check_can_shard, shard_blocks
     from cleangpt.teacher import load_teacher, load_teacher_outline
@@ -185,7 +186,10 @@ def read_teacher(
     name, places = arguments.teacher_model_name_or_path, arguments.teacher_device_map
     dtype = torch.bfloat16 if arguments.teacher_dtype == "bf16" else torch.float32
     if arguments.plan:
-        return load_teacher_outline(name, dtype=dtype, **options)
+        outline = load_teacher_outline(name, dtype=dtype, **options)
+        if places:
+            outline.model.hf_device_map = device_map(outline.model, places, device)
+        return outline
     if arguments.shard_teacher:
         check_can_shard(processes)
         if places:

@@ -10,12 +10,12 @@ import torch
 from torch import distributed, nn
 
 from cleangpt.blocks import BlockStack
-from cleangpt.device_maps import device_map, filled, listed
+from cleangpt.device_maps import bytes_on, device_map, filled, listed
 from cleangpt.errors import UsageError
 from cleangpt.runtime.module_state import tensors_fingerprint
 from cleangpt.runtime.ranks import Ranks
 from cleangpt.sharding import ShardedBlocks, shard_blocks
-from cleangpt.teacher import Teacher, load_teacher
+from cleangpt.teacher import Teacher, load_teacher, load_teacher_outline
 from distillation import DistillationTrainer
 from distillation.activations import Activations
 from distillation.batch import Batch, as_batch, rows_of
@@ -87,6 +87,20 @@ def test_blocks_fill_places_in_order() -> None:
     assert set(found.values()) == {"cpu"}
     assert "model.layers.2" in found
     assert "lm_head" in found
+
+
+def test_a_plan_counts_the_blocks_that_are_elsewhere_once(folder: Path) -> None:
+    apart = load_teacher(str(folder / "gpt2"), places="cpu=1,disk").model
+    outline = load_teacher_outline(str(folder / "gpt2")).model
+    blocks = [BlockStack(outline).block(index) for index in range(3)]
+    sizes = [sum(p.nbytes for p in block.parameters()) for block in blocks]
+    whole = sum(parameter.nbytes for parameter in outline.parameters())
+    assert bytes_on(CPU, outline) == whole
+    here = sum(parameter.nbytes for parameter in apart.parameters() if not parameter.is_meta)
+    assert here == whole - sum(sizes[1:])
+    outline.hf_device_map = device_map(outline, "cpu=1,disk", CPU)
+    for model in (apart, outline):
+        assert bytes_on(CPU, model) == here + max(sizes[1:])
 
 
 @pytest.mark.parametrize("asked", ["cpu=2", "nowhere", "cpu=1,disk=1", "cpu,disk", "cpu=x", "meta"])
