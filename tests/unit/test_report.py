@@ -13,12 +13,13 @@ import pytest
 
 from cleangpt.cli import run_command
 from cleangpt.errors import CheckpointError, InputError, UsageError
+from distillation.recipes import RECIPES
 from distillation.report.__main__ import main, write_page
 from distillation.report.comparison import comparison_page
 from distillation.report.page import run_page
 from distillation.report.run_files import read_run
 from distillation.report.watch import Meter, lines_of
-from distillation.report.words import hints
+from distillation.report.words import hints, recipe_sentence
 from tests.contract.source_tree import ROOT
 from tests.report_samples import (
     HOSTILE,
@@ -114,6 +115,13 @@ def test_a_whole_run_has_every_section(tmp_path: Path) -> None:
     ):
         assert text in page or text in str(seen.values("aria-label")), text
     assert '<p class="missing">' not in page
+
+
+def test_a_recipe_is_itself_for_every_kind_of_student() -> None:
+    best = RECIPES["best"]
+    for kind in ("Vanilla", "SASP"):
+        assert "as it stands" in recipe_sentence(best.settings_for(kind))
+    assert "as it stands" not in recipe_sentence({**best.settings, "polish_hidden_weight": 1.0})
 
 
 @pytest.mark.parametrize("status", ["done", "running", "stopped", "failed"])
