@@ -59,21 +59,18 @@ def measure_check(shape: Shape, repeats: int) -> Section:
         ["run", "quantity", "predicted", "measured", "predicted / measured", "within 20 %"],
     )
     efficiency = [1.0, 1.0]
-    said = []
-    for index, case in enumerate(cases(shape)):
-        how = {"shards": case.shards, "options": case.options}
-        runs = [measured(case.shape, case.processes, **how) for _ in range(repeats)]
-        found = min(runs, key=lambda run: run.seconds)  # other work on the machine only adds
+    said: list[str] = []
+    for case, found in shortest_runs(cases(shape), repeats):
         assert found.rates is not None
         own = as_device(found.rates)
-        if index == 0:
+        calibrates = not said
+        if calibrates:
             efficiency = [
                 reached(case, own, seconds) for seconds in (found.seconds, found.thread_seconds)
             ]
-        print(f"{case.name}: {found.seconds:.1f} s", file=sys.stderr, flush=True)
         said.append(in_words(case, found.rates))
         plans = [planned(case, own, share, gathering(found.rates)) for share in efficiency]
-        add_rows(section, case, plans, found, calibrates=index == 0)
+        add_rows(section, case, plans, found, calibrates=calibrates)
     section.notes += [
         "Rates of process 0, measured in each run while all its processes measure: products of a"
         f" block's shape, memory, sums of a block's gradients, gathering a block."
@@ -85,6 +82,23 @@ def measure_check(shape: Shape, repeats: int) -> Section:
         " the sums over processes, and whole blocks gathered, counted where they are sent.",
     ]
     return section
+
+
+def shortest_runs(all_cases: list[Case], repeats: int) -> list[tuple[Case, Counts]]:
+    """Each case with the shortest of its runs: other work on the machine only adds.
+
+    They take turns, so that a slow minute of the machine is not all that one case has seen.
+    """
+    runs: list[list[Counts]] = [[] for _ in all_cases]
+    for _ in range(repeats):
+        for case, own in zip(all_cases, runs, strict=True):
+            how = {"shards": case.shards, "options": case.options}
+            own.append(measured(case.shape, case.processes, **how))
+            print(f"{case.name}: {own[-1].seconds:.1f} s", file=sys.stderr, flush=True)
+    return [
+        (case, min(own, key=lambda run: run.seconds))
+        for case, own in zip(all_cases, runs, strict=True)
+    ]
 
 
 def reached(case: Case, kind: Accelerator, seconds: float) -> float:

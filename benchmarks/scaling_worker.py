@@ -24,6 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from benchmarks.cases import Shape, new_student, new_teacher, windows_loader
 from benchmarks.memory import MIB, forget_peak, peak_mib
 from benchmarks.rates import Rates, measure_rates
+from cleangpt.blocks import BlockStack
 from cleangpt.runtime.ranks import join
 from cleangpt.sharding import shard_blocks
 from distillation import DistillationTrainer
@@ -89,15 +90,15 @@ def run(task: Task) -> Counts:
     before = psutil.Process().memory_info().rss / MIB
     teacher, student = new_teacher(task.shape), new_student(task.kind, task.shape)
     shards = shard_blocks(teacher, torch.device("cpu")) if task.shards else None
+    block = sum(parameter.nbytes for parameter in BlockStack(teacher).block(0).parameters())
+    learning = BlockStack(student).block(1).parameters()
+    gradients = [torch.zeros_like(parameter) for parameter in learning]
+    counts.rates = measure_rates(ranks, gradients, shards, block)
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # give back what making the models took
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     forget_peak()
     trainer = new_trainer(task, teacher, student)
-    stacks = trainer.backbone_trainer.teacher, trainer.backbone_trainer.student
-    block = sum(parameter.nbytes for parameter in stacks[0].block(0).parameters())
-    gradients = [torch.zeros_like(parameter) for parameter in stacks[1].block(1).parameters()]
-    counts.rates = measure_rates(ranks, gradients, shards, block)
     gathers = 0 if shards is None else shards.gathers
     count_sums(counts)
     watch(trainer, counts)
