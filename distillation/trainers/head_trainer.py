@@ -185,7 +185,8 @@ class HeadDistillationTrainer(BaseDistillationTrainer):
                 raise UsageError(
                     "head_start='fold' folds the last block's stitching layer into the head, and"
                     " this run has none.",
-                    "Keep use_stitching_layers=True, or choose head_start='least_squares'.",
+                    "Keep use_stitching_layers=True, and stitch_equal_widths=True for a student as"
+                    " wide as its teacher, or choose head_start='least_squares'.",
                 )
             fold_head(self.last_stitch, self.teacher, self.student)
             logger.info("The head starts as the teacher's, folded with the last stitching layer.")
