@@ -309,7 +309,10 @@ def untrained_like(teacher: Any, seed: int) -> Any:
 
 
 def stage_loaders(windows: Tensor, steps: Steps, seed: int, batch_size: int) -> list[StepLoader]:
-    """The batches of blocks, head and polish; those of a stage without steps warm up or fit."""
+    """The batches of blocks, head and polish; those of a stage without steps warm up or fit.
+
+    Blocks with few steps get ``WARM_UP_STEPS`` too, uncharged: docs/results.md says what it costs.
+    """
     counts = [max(count, WARM_UP_STEPS) for count in (steps.blocks, steps.head, steps.polish)]
     if not steps.head:  # the closed-form start reads the data
         counts[1] = HEAD_FIT_TOKENS // (batch_size * windows.shape[1])
