@@ -83,13 +83,7 @@ records in `benchmarks/results/quality/`. The plan was committed before the runs
 (`benchmarks/quality_plan.py`). Losses are nats per token on the built-in test text, mean over seeds
 with a 95 % interval (Student's t). Equal budget means equal training operations, the teacher's
 forward passes counted as the library executes them; seconds are of one thread and vary with what
-else runs there.
-
-One fault is known and its runs are still to be made again: a loader of blocks yields at least 16
-batches, so at the small budget A5 and its variants made 16 steps of every block where fewer were
-charged. Students of 6 x 96 spent 3.6 % (Vanilla) or 2.3 % more than their budget, worth about 0.005
-nats; those of 6 x 144 13 %, of 3 x 192 8 to 10 %. Both arms of a comparison of A5 with its own
-variants did so. A5 - A6 at the small budget is no larger than that for Vanilla and Factored."""
+else runs there."""
 
 
 def about_data(records: Sequence[Record]) -> str:

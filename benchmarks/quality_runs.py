@@ -309,11 +309,8 @@ def untrained_like(teacher: Any, seed: int) -> Any:
 
 
 def stage_loaders(windows: Tensor, steps: Steps, seed: int, batch_size: int) -> list[StepLoader]:
-    """The batches of blocks, head and polish; those of a stage without steps warm up or fit.
-
-    Blocks with few steps get ``WARM_UP_STEPS`` too, uncharged: docs/results.md says what it costs.
-    """
-    counts = [max(count, WARM_UP_STEPS) for count in (steps.blocks, steps.head, steps.polish)]
+    """The batches of blocks, head and polish: as many as charged, some to fit on where none is."""
+    counts = [count or WARM_UP_STEPS for count in (steps.blocks, steps.head, steps.polish)]
     if not steps.head:  # the closed-form start reads the data
         counts[1] = HEAD_FIT_TOKENS // (batch_size * windows.shape[1])
     return [StepLoader(windows, batch_size, count, seed) for count in counts]

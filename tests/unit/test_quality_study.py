@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from benchmarks.quality import RESULTS
 from benchmarks.quality_answers import goals_table, reading
@@ -27,8 +28,10 @@ from benchmarks.quality_runs import (
     Costs,
     Judge,
     StepLoader,
+    Steps,
     run_arm,
     share_out,
+    stage_loaders,
 )
 from benchmarks.quality_statistics import contrast, estimate, holm, over_text
 from benchmarks.quality_tables import TABLES
@@ -86,13 +89,23 @@ def test_batches_are_shuffled_epochs_and_repeat() -> None:
     assert [batch["input_ids"][:, 0].tolist() for batch in loader] != seen
 
 
+def test_a_stage_has_as_many_batches_as_it_is_charged() -> None:
+    few = Steps(blocks=3, head=2, polish=1, flops=1.0)
+    loaders = stage_loaders(windows(), few, seed=1, batch_size=4)
+    assert [len(list(loader)) for loader in loaders] == [3, 2, 1]
+    none = Steps(blocks=0, head=0, polish=0, flops=1.0)
+    assert all(len(loader) > 0 for loader in stage_loaders(windows(), none, 1, 4))
+
+
 @pytest.mark.parametrize(
     "name", ["A0", *(pytest.param(name, marks=pytest.mark.slow) for name in ("A5", "A8"))]
 )
 def test_an_arm_runs_and_repeats(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.quality_runs.HEAD_FIT_TOKENS", 256)
+    optimizer_steps = []
+    counting = register_optimizer_step_post_hook(lambda *_: optimizer_steps.append(1))
 
-    def run() -> dict[str, object]:
+    def run() -> dict[str, Any]:
         return run_arm(
             arms()[name],
             teacher=tiny_teacher(),
@@ -105,10 +118,14 @@ def test_an_arm_runs_and_repeats(name: str, monkeypatch: pytest.MonkeyPatch) -> 
             batch_size=4,
         )
 
-    first, second = run(), run()
-    assert first["loss"] == second["loss"]
-    assert math.isfinite(float(str(first["loss"])))
-    assert first["steps"]["polish"] > 0  # type: ignore[index]
+    first = run()
+    counting.remove()
+    assert run()["loss"] == first["loss"]
+    assert math.isfinite(first["loss"])
+    charged = first["steps"]
+    assert charged["polish"] > 0
+    blocks = SHAPE["n_layer"] * charged["blocks"]
+    assert len(optimizer_steps) == blocks + charged["head"] + charged["polish"]
 
 
 def test_the_judge_agrees_with_transformers_own_loss() -> None:
