@@ -34,7 +34,7 @@ def perform(run: Run, split: str, other_text: Path | None = None) -> dict[str, A
     record = run_arm(
         run.arm,
         teacher=teacher_named(run.teacher).model,
-        windows=windows_of(run.teacher, "builtin", "train"),
+        windows=windows_of(run.teacher, "builtin", "train")[: run.windows],
         judges=[judge_of(run.teacher, "builtin", split), *measures],
         kind=run.kind,
         shape=run.shape,

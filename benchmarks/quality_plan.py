@@ -121,6 +121,7 @@ class Run:
         seed: Of everything random.
         shape: The student's shape.
         teacher: The teacher's name for ``load_teacher``.
+        windows: How many windows of the training text there are; None has all.
     """
 
     arm: Arm
@@ -129,6 +130,7 @@ class Run:
     seed: int
     shape: dict[str, Any] = field(default_factory=lambda: dict(SHAPE))
     teacher: str = "builtin"
+    windows: int | None = None
 
     @property
     def key(self) -> str:
@@ -287,8 +289,8 @@ def self_table() -> Iterator[Run]:
             yield Run(arm, "Vanilla", "small", seed, TEACHERS_SHAPE)
 
 
-REAL_BUDGETS: Final = {"real": 3e13}
-"""What two cores can carry for a teacher of 135 million parameters: minutes a run."""
+REAL_BUDGETS: Final = {"real": 3e13, "half of real": 1.5e13}
+"""What two cores can carry for a teacher of 135M parameters: minutes a run; half for trials."""
 REAL_SHAPES: Final = {
     "half": {"n_layer": 16, "n_head": 6, "n_embd": 384},
     "quarter": {"n_layer": 11, "n_head": 4, "n_embd": 256},

@@ -10,6 +10,9 @@ from typing import Any, Final
 from benchmarks.quality_plan import (
     INHERITED_BLOCKS,
     KINDS,
+    REAL_SHAPES,
+    REAL_VOCABULARY,
+    SEQ_LEN,
     TUNING_SEED,
     Run,
     arms,
@@ -72,6 +75,36 @@ HEAD_RATES: Final = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 """Of a head phase of 20 %, for Vanilla; 1e-3 is within 0.004 nats of the best for either start."""
 
 
+REAL_TRIALS: Final[list[tuple[str, float, float, int | None]]] = [
+    ("A3", 5e-4, 0.0, 256),
+    ("A3", 1e-3, 0.0, 256),
+    ("A3", 2e-3, 0.0, 256),
+    ("A3", 1e-3, 0.0, None),
+    ("A5", 1e-3, 1.5e-3, 256),
+    ("A5", 2e-3, 1.5e-3, 256),
+    ("A1", 1e-3, 0.0, 256),
+    ("A1", 2e-3, 0.0, 256),
+    ("A0", 1e-3, 0.0, None),
+    ("A0", 2e-3, 0.0, None),
+]
+"""For the real teacher's smaller students: arm, rates of polish and of blocks, windows."""
+
+
+def real_trials() -> Iterator[Run]:
+    """What was tried for students of the real teacher."""
+    shape = {"block_size": SEQ_LEN, "vocab_size": REAL_VOCABULARY, **REAL_SHAPES["quarter"]}
+    for name, polish, blocks, count in REAL_TRIALS:
+        arm = arms()[name]
+        rates = {"polish_lr": polish, "lr_per_block": blocks} if blocks else {"polish_lr": polish}
+        shown = " ".join(f"{key} {value:g}" for key, value in rates.items())
+        tried = replace(
+            arm,
+            name=f"{name} real {shown}, {count or 'all'} windows",
+            training={**arm.training, **rates},
+        )
+        yield Run(tried, "Vanilla", "half of real", TUNING_SEED, shape, "smollm2", count)
+
+
 def more_trials() -> Iterator[Arm]:
     """What was tried for Vanilla alone."""
     a5 = arms()["A5"]
@@ -98,6 +131,7 @@ def more_trials() -> Iterator[Arm]:
 
 def tuning_table() -> Iterator[Run]:
     """The trials of learning rates, to be judged on the validation split."""
+    yield from real_trials()
     for arm in more_trials():
         yield Run(arm, "Vanilla", "small", TUNING_SEED)
         if arm.name == "A5 mixed inputs":
