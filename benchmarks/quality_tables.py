@@ -99,7 +99,7 @@ def real_trials() -> Iterator[Run]:
         shown = " ".join(f"{key} {value:g}" for key, value in rates.items())
         tried = replace(
             arm,
-            name=f"{name} real {shown}, {count or 'all'} windows",
+            name=f"{name} real {shown} {count or 'all'} windows",
             training={**arm.training, **rates},
         )
         yield Run(tried, "Vanilla", "half of real", TUNING_SEED, shape, "smollm2", count)
