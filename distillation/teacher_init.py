@@ -9,12 +9,11 @@ subcloning (Samragh et al. 2023, arXiv:2312.09299).
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from cleangpt.blocks import BlockStack
@@ -22,13 +21,16 @@ from cleangpt.errors import UsageError
 from cleangpt.heads import head_is_tied
 from cleangpt.runtime.module_state import preserved_modes
 from cleangpt.runtime.placement import whole_weights
+from distillation.family_init import can_copy_layers, copy_layers, fill_alike
 from distillation.head_init import can_copy_head, copy_head
+from distillation.shared_basis import SharedBasis, make_plain, set_linear
 from distillation.teacher_weights import (
     AttentionWeights,
     BlockWeights,
     LinearMap,
     MLPWeights,
     read_block,
+    writing_parts,
 )
 
 _TOKENS_AT_ONCE = 4096
@@ -82,6 +84,7 @@ def init_from_teacher(
     """
     lines = []
     exact = basis is None
+    sources = first_of_groups(layer_map)
     if basis is None:
         if teacher.hidden_size != student.hidden_size:
             raise UsageError(
@@ -89,17 +92,20 @@ def init_from_teacher(
                 f" {student.hidden_size} and {teacher.hidden_size}.",
                 "Choose --init_from_teacher pca, or give the student the teacher's width.",
             )
+        if can_copy_layers(teacher, student):
+            lines = copy_layers(teacher, student, sources)
+            return lines + _silence_copies(student, sources)
         basis = torch.eye(teacher.hidden_size)
         if how != "layers":
             lines.append("the widths are equal, so whole layers are copied")
-    shared = _Basis(basis.cpu().float())
+    shared = SharedBasis(basis.cpu().float())
     lines += _embeddings(teacher, student, shared)
-    lines += _fill_blocks(teacher, student, first_of_groups(layer_map), shared)
+    lines += _fill_blocks(teacher, student, sources, shared)
     return lines + (_head(teacher, student) if exact else [])
 
 
 def _fill_blocks(
-    teacher: BlockStack, student: BlockStack, sources: Sequence[int], basis: "_Basis"
+    teacher: BlockStack, student: BlockStack, sources: Sequence[int], basis: SharedBasis
 ) -> list[str]:
     """Fill all blocks, each from its source in the teacher."""
     lines = [f"weights of the teacher's blocks {', '.join(map(str, sources))}"]
@@ -111,29 +117,43 @@ def _fill_blocks(
     sizes = _state_sizes(teacher, basis) if needs_sizes else [1.0] * teacher.num_blocks
     for index, (source, parts) in enumerate(zip(sources, named, strict=True)):
         with whole_weights(teacher.block(source)):
-            weights = read_block(teacher, source)
-        filled = _fill_block(weights, parts, basis, sizes[source])
-        if parts is not None and index and source == sources[index - 1]:
-            _silence(parts)
-            filled.append("a copy of the block before, which writes nothing at first")
+            if parts is None:
+                filled = fill_alike(teacher, student, source, index, basis)
+            else:
+                filled = _fill_block(read_block(teacher, source), parts, basis, sizes[source])
         for said in filled:
             taken.setdefault(said, []).append(index)
+    lines += _silence_copies(student, sources)
     return lines + [
         f"{said} ({_blocks(where, student.num_blocks)})" for said, where in taken.items()
     ]
 
 
-def _silence(parts: Any) -> None:
-    """Let a block add nothing to what enters it; its outputs learn at once, the rest after them.
+def _silence_copies(student: BlockStack, sources: Sequence[int]) -> list[str]:
+    """Let a second copy of a block add nothing; its outputs learn at once, the rest after them.
 
     The built-in teacher in twice as many blocks, at equal width, is then itself; it is 0.26 nats
     off where both copies write half, and 0.39 where both write all.
     """
-    for linear in (parts.out, parts.mlp.down):
-        if linear is not None:
+    silenced = []
+    for index in range(1, student.num_blocks):
+        writers = _writers(student.block(index)) if sources[index] == sources[index - 1] else []
+        for linear in writers:
             linear.weight.zero_()
             if linear.bias is not None:
                 linear.bias.zero_()
+        silenced += [index] * bool(writers)
+    where = _blocks(silenced, student.num_blocks)
+    said = f"a copy of the block before, which writes nothing at first ({where})"
+    return [said] if silenced else []
+
+
+def _writers(block: Any) -> list[Any]:
+    """The maps of a block that write to the stream."""
+    if not hasattr(block, "parts"):
+        return writing_parts(block)
+    parts = block.parts()
+    return [linear for linear in (parts.out, parts.mlp.down) if linear is not None]
 
 
 def first_of_groups(layer_map: Sequence[int]) -> list[int]:
@@ -157,42 +177,46 @@ def first_of_groups(layer_map: Sequence[int]) -> list[int]:
     return sources
 
 
-@dataclass(frozen=True, eq=False)
-class _Basis:
-    """The shared basis, and what it does to maps from and to the residual stream."""
-
-    columns: Tensor
-
-    def reading(self, linear: LinearMap) -> LinearMap:
-        """A map that reads the stream through the student's plain norm.
-
-        ``norm(h) ~ U norm(s) sqrt(d_t / d_s)`` up to the share of the energy that the basis holds,
-        and up to the mean over channels, which the student subtracts in its own: both measured on
-        the built-in teacher, and not worth a correction.
-        """
-        scale = (self.columns.shape[0] / self.columns.shape[1]) ** 0.5
-        return LinearMap(linear.weight @ self.columns * scale, linear.bias)
-
-    def writing(self, linear: LinearMap) -> LinearMap:
-        """A map that writes to the stream."""
-        return LinearMap(self.columns.T @ linear.weight, linear.bias @ self.columns)
-
-
-def _embeddings(teacher: BlockStack, student: BlockStack, basis: _Basis) -> list[str]:
+def _embeddings(teacher: BlockStack, student: BlockStack, basis: SharedBasis) -> list[str]:
     """Take what the teacher feeds its first block, multipliers and embedding norms included."""
     table: Any = student.model.get_input_embeddings()
     rows = min(len(table.weight), len(teacher.model.get_input_embeddings().weight))
     tokens, positions = _entering(teacher, rows, student.context_length)
-    table.weight[:rows] = (tokens @ basis.columns).to(table.weight)
+    factor = _multiplier(student, table.weight)
+    table.weight[:rows] = (tokens @ basis.columns / factor).to(table.weight)
     lines = [f"embeddings of {rows} tokens"]
-    own: Any = getattr(student.model, "wpe", None)
+    own = _position_table(student)
     if own is None:
         return lines
     if positions.abs().max() < _SAME * tokens.abs().max():
         return [*lines, "not taken: positions, which the teacher does not add to its embeddings"]
-    rows = min(len(positions), len(own.weight))
-    own.weight[:rows] = (positions[:rows] @ basis.columns).to(own.weight)
+    first = int(getattr(own, "offset", 0))  # OPT's first rows are for something else
+    rows = min(len(positions), len(own.weight) - first)
+    own.weight[first : first + rows] = (positions[:rows] @ basis.columns).to(own.weight)
     return [*lines, f"embeddings of {rows} positions"]
+
+
+def _multiplier(student: BlockStack, table: Tensor) -> float:
+    """What the student multiplies its embeddings by (Gemma, Granite); 1 if it does more to them."""
+    with preserved_modes(student.model):
+        student.model.eval()
+        ids = torch.arange(2, device=student.device)[:, None]
+        first, second = student.hidden(student.embed(ids))[:, 0].float()
+    seen, held = first - second, (table[0] - table[1]).float()
+    factor = float(seen @ held / held.square().sum())
+    is_all = (seen - factor * held).norm() <= _SAME**0.5 * seen.norm()
+    return factor if is_all and factor else 1.0
+
+
+def _position_table(student: BlockStack) -> Any:
+    """The student's table of positions; None if it has none."""
+    tables = [
+        module
+        for module in student.model.modules()
+        if isinstance(module, nn.Embedding) and module.embedding_dim == student.hidden_size
+    ]
+    others = [each for each in tables if each is not student.model.get_input_embeddings()]
+    return others[0] if len(others) == 1 else None
 
 
 def _entering(teacher: BlockStack, rows: int, length: int | None) -> tuple[Tensor, Tensor]:
@@ -215,7 +239,7 @@ def _entering(teacher: BlockStack, rows: int, length: int | None) -> tuple[Tenso
     return first, along - first[0]
 
 
-def _state_sizes(teacher: BlockStack, basis: _Basis) -> list[float]:
+def _state_sizes(teacher: BlockStack, basis: SharedBasis) -> list[float]:
     """Root mean square, in the basis, of the state that enters each block.
 
     Measured on random tokens, which is near enough; the median, because some positions hold states
@@ -231,10 +255,8 @@ def _state_sizes(teacher: BlockStack, basis: _Basis) -> list[float]:
     return [float(state.square().mean(-1).sqrt().median()) for state in seen]
 
 
-def _fill_block(weights: BlockWeights, parts: Any, basis: _Basis, size: float) -> list[str]:
+def _fill_block(weights: BlockWeights, parts: Any, basis: SharedBasis, size: float) -> list[str]:
     """Fill one student block; ``size`` is that of the teacher's state that enters it."""
-    if parts is None:
-        return ["not taken: blocks, since the student's name no parts"]
     lines = [f"not taken: {what}" for what in weights.missing]
     dropped = False
     if parts.attention is None:
@@ -254,8 +276,8 @@ def _fill_block(weights: BlockWeights, parts: Any, basis: _Basis, size: float) -
     return lines
 
 
-def _fill_attention(weights: AttentionWeights, parts: Any, basis: _Basis) -> bool:
-    """Set queries and keys, values and output too where there are any; return as ``_set`` does."""
+def _fill_attention(weights: AttentionWeights, parts: Any, basis: SharedBasis) -> bool:
+    """Set queries, keys and, where there are any, values and output; return as ``set_linear``."""
     query, key, value = map(basis.reading, (weights.query, weights.key, weights.value))
     out = basis.writing(weights.out)
     query_map, key_map, heads = parts.attention.query, parts.attention.key, weights.num_heads
@@ -268,12 +290,12 @@ def _fill_attention(weights: AttentionWeights, parts: Any, basis: _Basis) -> boo
         chosen = _loudest_heads(value, out, heads, min(heads, own_heads))
         query, key = _reduced_scores(query, key, heads, chosen, width)
         value, out = _reduced_writes(value, out, heads, chosen, width)
-    _set(query_map, query)
+    set_linear(query_map, query)
     # The softmax does not see what all keys have in common.
-    _set(key_map, LinearMap(key.weight, torch.zeros_like(key.bias)))
+    set_linear(key_map, LinearMap(key.weight, torch.zeros_like(key.bias)))
     if parts.out is not None:
-        dropped |= _set(parts.value, value) | _set(parts.out, out)
-    _make_plain(parts.attention_norm)
+        dropped |= set_linear(parts.value, value) | set_linear(parts.out, out)
+    make_plain(parts.attention_norm)
     return dropped
 
 
@@ -325,7 +347,7 @@ def _loudest_heads(value: LinearMap, out: LinearMap, heads: int, count: int) -> 
     return chosen
 
 
-def _fill_mlp(weights: MLPWeights, parts: Any, basis: _Basis, size: float) -> bool:
+def _fill_mlp(weights: MLPWeights, parts: Any, basis: SharedBasis, size: float) -> bool:
     up, down = basis.reading(weights.up), basis.writing(weights.down)
     count = len(parts.mlp.up.weight)
     if count < len(up.weight):
@@ -335,8 +357,8 @@ def _fill_mlp(weights: MLPWeights, parts: Any, basis: _Basis, size: float) -> bo
     if parts.mlp_gain is not None:
         # Such a block passes on its input at unit size, where the teacher passes on a larger one.
         down = down.times(1 / (size * float(parts.mlp_gain)))
-    _make_plain(parts.mlp_norm)
-    return _set(parts.mlp.up, up) | _set(parts.mlp.down, down)
+    make_plain(parts.mlp_norm)
+    return set_linear(parts.mlp.up, up) | set_linear(parts.mlp.down, down)
 
 
 def _other_activation(weights: MLPWeights, parts: Any) -> list[str]:
@@ -358,28 +380,6 @@ def _head(teacher: BlockStack, student: BlockStack) -> list[str]:
         return ["final norm"]
     copy_head(teacher, student)
     return ["final norm and head"]
-
-
-def _make_plain(norm: Any) -> None:
-    """The gain is in the maps that follow."""
-    norm.weight.fill_(1.0)
-    if getattr(norm, "bias", None) is not None:
-        norm.bias.zero_()
-
-
-def _set(module: Any, linear: LinearMap) -> bool:
-    """Set the first rows and columns; return whether a bias had no place.
-
-    Rows beyond them stay as built, and what reads them becomes zero: they add nothing, but learn.
-    """
-    rows, columns = linear.weight.shape
-    module.weight[:rows, :columns] = linear.weight.to(module.weight)
-    module.weight[:, columns:] = 0.0
-    if module.bias is None:
-        return bool(linear.bias.any())
-    module.bias.zero_()
-    module.bias[:rows] = linear.bias.to(module.bias)
-    return False
 
 
 def _blocks(indices: Sequence[int], count: int) -> str:

@@ -80,28 +80,28 @@ class BlockWeights:
     missing: tuple[str, ...] = ()
 
 
-_ATTENTION = ("attn", "self_attn", "attention", "self_attention")
-_ATTENTION_NORM = ("ln_1", "input_layernorm", "self_attn_layer_norm")
-_OUT = ("c_proj", "o_proj", "out_proj", "dense")
-_MLP_NORM = ("ln_2", "post_attention_layernorm", "final_layer_norm")
-_UP_DOWN = (
+ATTENTION = ("attn", "self_attn", "attention", "self_attention")
+ATTENTION_NORM = ("ln_1", "input_layernorm", "self_attn_layer_norm")
+OUT = ("c_proj", "o_proj", "out_proj", "dense")
+MLP_NORM = ("ln_2", "post_attention_layernorm", "final_layer_norm")
+UP_DOWN = (
     ("c_fc", "c_proj"),
     ("fc1", "fc2"),
     ("dense_h_to_4h", "dense_4h_to_h"),
     ("up_proj", "down_proj"),
 )
-_POST_NORMS = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+POST_NORMS = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
 
 
 def read_block(teacher: BlockStack, index: int) -> BlockWeights:
     """The weights of one block, in float32 copies."""
     block: Any = teacher.block(index)
     config = teacher.model.config.get_text_config()
-    normed_after = any(hasattr(block, name) for name in _POST_NORMS)
+    normed_after = any(hasattr(block, name) for name in POST_NORMS)
     if normed_after or not getattr(block, "do_layer_norm_before", True):
         return BlockWeights(None, None, ("blocks: the teacher's norms stand after their parts",))
-    norms = [_norm(_first(block, names), config) for names in (_ATTENTION_NORM, _MLP_NORM)]
-    inner = _first(block, _ATTENTION)
+    norms = [read_norm(first_part(block, names), config) for names in (ATTENTION_NORM, MLP_NORM)]
+    inner = first_part(block, ATTENTION)
     attention = _attention(inner, norms[0], config)
     mlp, gated = _mlp(getattr(block, "mlp", block), norms[1], config)
     missing = []
@@ -127,11 +127,11 @@ def read_block(teacher: BlockStack, index: int) -> BlockWeights:
 
 
 def _attention(inner: Any, norm: Norm | None, config: Any) -> AttentionWeights | None:
-    out = None if inner is None else _first(inner, _OUT)
+    out = None if inner is None else first_part(inner, OUT)
     heads = int(config.num_attention_heads)
     if norm is None or out is None:
         return None
-    maps = _fused(inner, heads) or _separate(inner)
+    maps = attention_maps(inner, heads)
     if maps is None:
         return None
     query, key, value = (linear.after(norm) for linear in maps)
@@ -141,32 +141,41 @@ def _attention(inner: Any, norm: Norm | None, config: Any) -> AttentionWeights |
             return None
         query, key = _normed(query, inner.q_norm, width), _normed(key, inner.k_norm, width)
     query = query.times(float(getattr(inner, "scaling", width**-0.5)) * width**0.5)
-    key, value = (_repeated(linear, heads, width) for linear in (key, value))
-    return AttentionWeights(query, key, value, _linear(out), heads)
+    key, value = (repeated(linear, heads, width) for linear in (key, value))
+    return AttentionWeights(query, key, value, linear_map(out), heads)
 
 
-def _fused(inner: Any, heads: int) -> list[LinearMap] | None:
-    """Queries, keys and values in one matrix: one after the other, or head by head."""
-    module = _first(inner, ("c_attn", "query_key_value"))
+def attention_maps(inner: Any, heads: int) -> list[LinearMap] | None:
+    """Queries, keys and values of an attention module; None if its layout is not known here."""
+    name = fused_name(inner)
+    if name is None:
+        names = ("q_proj", "k_proj", "v_proj")
+        if not all(hasattr(inner, name) for name in names):
+            return None
+        return [linear_map(getattr(inner, name)) for name in names]
+    fused = linear_map(getattr(inner, name))
+    if len(fused.weight) != 3 * fused.weight.shape[1]:
+        return None
+    return [fused.rows(part) for part in fused_rows(name, len(fused.weight), heads)]
+
+
+def fused_name(inner: Any) -> str | None:
+    """What one matrix of queries, keys and values is called."""
     # GPT-BigCode has a c_attn of another order, and no Conv1D.
-    if module is None or (hasattr(inner, "c_attn") and not isinstance(module, Conv1D)):
-        return None
-    fused = _linear(module)
-    rows = torch.arange(fused.weight.shape[0])
-    if len(rows) != 3 * fused.weight.shape[1]:
-        return None
-    if hasattr(inner, "c_attn"):
-        parts = rows.view(3, -1)
-    else:
-        parts = rows.view(heads, 3, -1).transpose(0, 1).flatten(1)
-    return [fused.rows(part) for part in parts]
+    if isinstance(getattr(inner, "c_attn", None), Conv1D):
+        return "c_attn"
+    return "query_key_value" if hasattr(inner, "query_key_value") else None
 
 
-def _separate(inner: Any) -> list[LinearMap] | None:
-    names = ("q_proj", "k_proj", "v_proj")
-    if not all(hasattr(inner, name) for name in names):
-        return None
-    return [_linear(getattr(inner, name)) for name in names]
+def fused_rows(name: str, count: int, heads: int) -> Tensor:
+    """Which rows of such a matrix are queries, keys and values, [3, rows].
+
+    GPT-2 has one after the other, GPT-NeoX and BLOOM head by head.
+    """
+    rows = torch.arange(count)
+    if name == "c_attn":
+        return rows.view(3, -1)
+    return rows.view(heads, 3, -1).transpose(0, 1).flatten(1)
 
 
 def _normed(linear: LinearMap, norm: Any, width: int) -> LinearMap:
@@ -175,11 +184,12 @@ def _normed(linear: LinearMap, norm: Any, width: int) -> LinearMap:
     For x of unit variance in every direction it is ``|W|^2 / width``.
     """
     sizes = linear.weight.unflatten(0, (-1, width)).square().sum((1, 2)).div(width).sqrt()
-    gains = _gain_and_bias(norm, width)[0]
+    gains = gain_and_bias(norm, width)[0]
     return linear.times((gains / sizes[:, None]).flatten())
 
 
-def _repeated(shared: LinearMap, heads: int, width: int) -> LinearMap:
+def repeated(shared: LinearMap, heads: int, width: int) -> LinearMap:
+    """Keys or values that heads share, once per head."""
     groups = shared.weight.shape[0] // width
     rows = torch.arange(groups * width).view(groups, width)
     return shared.rows(rows.repeat_interleave(heads // groups, dim=0).flatten())
@@ -190,23 +200,24 @@ def _mlp(inner: Any, norm: Norm | None, config: Any) -> tuple[MLPWeights | None,
     if hasattr(inner, "gate_proj") or hasattr(inner, "gate_up_proj"):
         return None, True
     activation = getattr(config, "activation_function", getattr(config, "hidden_act", None))
-    for up, down in _UP_DOWN:
+    for up, down in UP_DOWN:
         if norm is not None and hasattr(inner, up) and hasattr(inner, down):
-            first, second = _linear(getattr(inner, up)), _linear(getattr(inner, down))
+            first, second = linear_map(getattr(inner, up)), linear_map(getattr(inner, down))
             return MLPWeights(first.after(norm), second, activation), False
     return None, False
 
 
-def _norm(module: Any, config: Any) -> Norm | None:
+def read_norm(module: Any, config: Any) -> Norm | None:
+    """What a norm does, found by use; None is none."""
     if module is None:
         return None
     width = int(config.hidden_size)
-    gain, bias = _gain_and_bias(module, width)
+    gain, bias = gain_and_bias(module, width)
     shifted = _applied(module, torch.full((width,), _LOUD)) - bias
     return Norm(gain, bias, bool(shifted.abs().max() < 0.5 * gain.abs().max()))
 
 
-def _gain_and_bias(module: nn.Module, width: int) -> tuple[Tensor, Tensor]:
+def gain_and_bias(module: nn.Module, width: int) -> tuple[Tensor, Tensor]:
     """Found by use, since families store them differently: Gemma's gain is one plus its weight.
 
     A vector of +-c has mean zero and mean square c^2, so that both kinds of norm only scale it.
@@ -221,14 +232,24 @@ def _applied(module: nn.Module, vector: Tensor) -> Tensor:
     return _copy(module(vector.to(like)[None])[0])
 
 
-def _linear(module: Any) -> LinearMap:
+def writing_parts(block: Any) -> list[Any]:
+    """The maps of a block that write to the stream: attention's output, and the MLP's."""
+    inner, mlp = first_part(block, ATTENTION), getattr(block, "mlp", block)
+    downs = tuple(down for _, down in UP_DOWN)
+    found = [first_part(inner, OUT), first_part(mlp, downs)]
+    return [part for part in found if part is not None]
+
+
+def linear_map(module: Any) -> LinearMap:
+    """A module's weight and bias, in float32 copies."""
     weight = _copy(module.weight)
     weight = weight.T if isinstance(module, Conv1D) else weight
     bias = torch.zeros(weight.shape[0]) if module.bias is None else _copy(module.bias)
     return LinearMap(weight, bias)
 
 
-def _first(module: Any, names: tuple[str, ...]) -> Any:
+def first_part(module: Any, names: tuple[str, ...]) -> Any:
+    """The first of the named parts that a module has; None if it has none."""
     return next((getattr(module, name) for name in names if hasattr(module, name)), None)
 
 

@@ -25,7 +25,6 @@ from tests.builders import (
     WIDTH,
     batches,
     tiny_student,
-    tiny_teacher,
     unchanged,
     weights_of,
 )
@@ -148,13 +147,6 @@ def test_what_has_no_place_is_said() -> None:
     assert "not taken: final norm and head, which are of another kind" in lines
     lines = started(noisy_teacher("opt"), tiny_student(**SAME_SHAPE))
     assert "not taken: the MLP's activation, 'relu' in the teacher (all blocks)" in lines
-
-
-def test_a_student_without_named_parts_gets_the_embeddings() -> None:
-    teacher, student = noisy_teacher("gpt2"), tiny_teacher("gpt2", seed=8)
-    lines = started(teacher, student)
-    assert torch.equal(student.transformer.wte.weight, teacher.transformer.wte.weight)
-    assert "not taken: blocks, since the student's name no parts (all blocks)" in lines
 
 
 # Narrower students --------------------------------------------------------------------------------
