@@ -46,7 +46,7 @@ def save_student(
     """
     if not run.writes:
         return
-    run.note(saved_student=saved_student(student, layer_map))
+    run.note(saved_student=saved_student(student))
     path = save_checkpoint(
         student,
         run.path / FINAL_NAME,

@@ -59,7 +59,7 @@ class Figures:
     text: tuple[str, str]
 
 
-def saved_student(student: nn.Module, layer_map: Sequence[int]) -> dict[str, Any]:
+def saved_student(student: nn.Module) -> dict[str, Any]:
     """What the manifest says of the student that a run leaves, for its card."""
     if getattr(student, "_auto_class", None):
         needs = "the code beside it"
@@ -71,7 +71,6 @@ def saved_student(student: nn.Module, layer_map: Sequence[int]) -> dict[str, Any
         "class": type(student).__name__,
         "parameters": count_parameters(student),
         "needs": needs,
-        "layer_map": list(layer_map),
     }
 
 
@@ -328,7 +327,7 @@ def _environment(manifest: dict[str, Any]) -> str:
 
 
 def _layer_map(manifest: dict[str, Any]) -> list[int]:
-    found = _as_dict(manifest.get("saved_student")).get("layer_map")
+    found = manifest.get("layer_map")
     return [item for item in found if isinstance(item, int)] if isinstance(found, list) else []
 
 

@@ -2,10 +2,33 @@
 
 from pathlib import Path
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from cleangpt.run_directory import write_atomically
+from cleangpt.runtime.module_state import preserved_modes
+from distillation.batch import Batch
+from distillation.stages import BlockStage
+
+
+@torch.no_grad()
+def draw_block(stage: BlockStage, epoch: int, batch: Batch, folder: Path | None) -> None:
+    """Draw the states that a block's loss compares, of a batch's first row.
+
+    Args:
+        stage: The block.
+        epoch: After which epoch, for the picture's name.
+        batch: Any batch; all processes of a run take part in its states.
+        folder: Where the picture goes; None in the processes that do not draw.
+    """
+    model = stage.activations.student.model
+    with preserved_modes(model):
+        model.eval()
+        student, teacher = stage.states(batch)
+    if folder is not None:
+        name = f"hidden_states_block_{stage.block}_epoch_{epoch}.png"
+        save_hidden_state_picture(folder / name, student[0], teacher[0])
 
 
 def save_hidden_state_picture(

@@ -151,6 +151,7 @@ def _evaluate(
         teacher.tokenizer,
         source.texts,
         stitches=student.stitches,
+        layer_map=student.layer_map,
         baselines={name: loaded.model for name, loaded in zip(names[1:], baselines, strict=True)},
         settings=settings,
         student_name=names[0],

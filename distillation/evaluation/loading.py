@@ -32,7 +32,7 @@ from distillation.evaluation.student_files import (
     load_unfinished,
     student_class,
 )
-from distillation.evaluation.training_record import local_errors
+from distillation.evaluation.training_record import local_errors, saved_layer_map
 from stitching_layers import StitchingLayers, load_stitches
 
 T = TypeVar("T")
@@ -54,6 +54,7 @@ class LoadedModel:
         vocabulary: Token to id, if a tokenizer lies beside it.
         notes: What the report must say about it, such as an unfinished run.
         local_errors: Student block to its relative error when it had learnt, if the run tells.
+        layer_map: The teacher block that each student block learnt from, if the run tells.
     """
 
     model: nn.Module
@@ -64,6 +65,7 @@ class LoadedModel:
     vocabulary: dict[str, int] | None = None
     notes: tuple[str, ...] = ()
     local_errors: dict[int, float] = field(default_factory=dict)
+    layer_map: tuple[int, ...] | None = None
 
 
 def load_model(
@@ -115,6 +117,7 @@ def load_model(
         vocabulary=vocabulary_of(folder),
         notes=_run_notes(run_dir) if is_run else (),
         local_errors=local_errors(run_dir) if is_run else {},
+        layer_map=saved_layer_map(run_dir) if is_run else None,
     )
 
 
@@ -130,7 +133,14 @@ def _load_half_way(
         return None
     loaded, label = found
     source = str(path / "checkpoints")
-    return LoadedModel(loaded.to(device).eval(), label, source, path, notes=_run_notes(path))
+    return LoadedModel(
+        model=loaded.to(device).eval(),
+        name=label,
+        source=source,
+        run_dir=path,
+        notes=_run_notes(path),
+        layer_map=saved_layer_map(path),
+    )
 
 
 def _load_like_teacher(

@@ -1,4 +1,4 @@
-"""What a run wrote down about its blocks while they learnt, for comparison with the finished chain.
+"""What a run wrote down about its blocks: what each learnt from, and how far it came.
 
 Reads the manifest alone. A block that did not learn has no figure, nor has one of a run that is not
 there.
@@ -21,9 +21,8 @@ def local_errors(run_dir: Path) -> dict[int, float]:
     Returns:
         Student block to error; empty if the run tells nothing.
     """
-    path = run_dir / "manifest.json"
     try:
-        stages: Any = parse_json_object(path.read_bytes())["stages"]
+        stages: Any = _manifest(run_dir)["stages"]
         rows = [row for row in stages if row.get("block") is not None and row.get("steps")]
         found = {int(row["block"]): row["relative_error"] for row in rows}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
@@ -33,6 +32,22 @@ def local_errors(run_dir: Path) -> dict[int, float]:
         for block, error in found.items()
         if isinstance(error, int | float) and math.isfinite(error)
     }
+
+
+def saved_layer_map(run_dir: Path) -> tuple[int, ...] | None:
+    """The teacher block of each student block; None if the run tells nothing.
+
+    Args:
+        run_dir: The run's directory.
+    """
+    try:
+        return tuple(int(block) for block in _manifest(run_dir)["layer_map"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _manifest(run_dir: Path) -> dict[str, Any]:
+    return parse_json_object((run_dir / "manifest.json").read_bytes())
 
 
 def add_local_errors(result: EvaluationResult, errors: dict[int, float]) -> None:

@@ -12,7 +12,6 @@ from typing_extensions import Unpack
 
 from cleangpt.checkpoints import refuse_nonfinite
 from cleangpt.run_directory import RunDirectory
-from cleangpt.runtime.module_state import preserved_modes
 from cleangpt.sharding import sharded_blocks
 from distillation.activations import Activations
 from distillation.audit import TeacherAudit, audit_teacher, pca_basis
@@ -27,7 +26,7 @@ from distillation.config import (
 from distillation.layer_map import choose_blocks, choose_layer_map
 from distillation.losses import DistillationLoss
 from distillation.passing_states import PassingStates
-from distillation.pictures import save_hidden_state_picture
+from distillation.pictures import draw_block
 from distillation.preflight import check_widths, needs_stitches
 from distillation.read_outs import fit_read_outs
 from distillation.stages import BlockStage, Loss, Stage, standardises
@@ -196,6 +195,10 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
             own if block in self.learning_blocks else replace(own, epochs=0)
             for block, own in enumerate(settings)
         ]
+
+    def about_run(self) -> dict[str, Any]:
+        """What the manifest says of this run."""
+        return {**super().about_run(), "layer_map": list(self.layer_map)}
 
     def prepare(self) -> None:
         """Measure the teacher, start the student from it, and make the stitches; done once."""
@@ -383,12 +386,8 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
         """Write the picture of this epoch, if pictures were asked for."""
         if self.config.hidden_state_pictures and isinstance(stage, BlockStage):
             batch = next(iter(self.batches(0, self.current_pass)))
-            with torch.no_grad(), preserved_modes(self.student_model):
-                self.student_model.eval()
-                student, teacher = stage.states(batch)
-            name = f"hidden_states_block_{stage.block}_epoch_{epoch}.png"
-            if self.ranks.is_main:  # all take part in the states, one draws
-                save_hidden_state_picture(self.run.path / "pictures" / name, student[0], teacher[0])
+            folder = self.run.path / "pictures" if self.ranks.is_main else None
+            draw_block(stage, epoch, batch, folder)
 
     def _new_stitches(self) -> StitchingLayers:
         torch.manual_seed(derived_seed(self.config.seed, "stitches"))

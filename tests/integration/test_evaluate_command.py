@@ -203,3 +203,35 @@ def test_threads_are_set_as_asked(run: Run, tmp_path: Path) -> None:
     for count in ("1", "3"):
         assert run(threads=count, block_size="16", max_tokens="40") == 0
         assert saved(tmp_path)["environment"]["threads"] == int(count)
+
+
+@pytest.mark.parametrize("wanted", ["first", "last"])
+def test_blocks_are_compared_with_those_they_learnt_from(
+    wanted: str, run: Run, made: Path, tmp_path: Path
+) -> None:
+    """At the teacher's width there are no stitches that would keep the map."""
+    from cleangpt.teacher import load_teacher
+    from distillation import DistillationTrainer
+    from tests.builders import batches
+    from tests.evaluation_samples import student
+
+    teacher = load_teacher(str(made / "teacher"))
+    own = DistillationTrainer(
+        teacher.model,
+        student(n_embd=32),
+        teacher.tokenizer,
+        batches(1),
+        output_dir=tmp_path / "run",
+        layer_map=wanted,
+        init_from_teacher="layers",
+        stitch_equal_widths=False,
+    )
+    own.train(epochs_per_block=1, lr_per_block=1e-3, train_lm_head=False)
+    assert not (tmp_path / "run" / "stitching_layers.safetensors").exists()
+    assert run(model_path=str(tmp_path / "run")) == 0
+    hidden = saved(tmp_path)["hidden_states"]
+    learnt_from = [0, 1] if wanted == "first" else [1, 2]
+    assert hidden["stitch"] == "identity"
+    assert [block["teacher_block"] for block in hidden["blocks"]] == learnt_from
+    assert hidden["hybrids"][-1]["student_block"] == 1
+    assert not any("layer map" in note for note in saved(tmp_path)["notes"])
