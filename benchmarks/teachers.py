@@ -42,8 +42,9 @@ logits to the model that was written, as a share of the largest. Quantised files
 numbers when they are loaded. What a file does not state, or transformers does not read, is taken
 from the family's first model: the sliding window of `phi3` and `starcoder2`, the width of a head of
 `qwen3`, that of the experts of `qwen2moe` and `qwen3moe`, the kind of `falcon`. A file whose
-weights then have other shapes is refused. Scaled rotary positions (Llama 3.1 and later) are left
-out: of such a model, give the folder.
+weights then have other shapes is refused. A file with scaled
+rotary positions (Llama 3.1 and later), which transformers does not read, is refused too: of such a
+model, give the folder.
 
 | architecture | verdict | logits | remark |
 |---|---|---|---|

@@ -19,6 +19,9 @@ _MAX_RECORDS = 1_000_000
 _TEXTS = (b"version https://git-lfs", b"<!doctype", b"<html", b"/annex/")
 _GGUF_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _GGUF_STRING, _GGUF_ARRAY = 8, 9
+_GGUF_SCALING, _GGUF_SCALED = ".rope.scaling.type", ("rope_freqs.", "rope_factors_")
+"""Field and tensors of rotary positions that are scaled (Llama 3.1 and later): transformers reads
+none but gpt-oss's, and the model would be another one."""
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -131,9 +134,23 @@ def _check_gguf(path: Path) -> int:
         if max(tensors, fields) > size:
             raise ValueError(f"is damaged: {fields:,} fields, {tensors:,} tensors, {size:,} bytes")
         reader = _Gguf(file, size)
+        scaled = []
         for _ in range(fields):
-            reader.skip_string()
-            reader.skip_value(reader.number("<I"))
+            name, kind = reader.string(), reader.number("<I")
+            if name.endswith(_GGUF_SCALING) and kind == _GGUF_STRING:
+                is_read = reader.string() == "none" or name.startswith("gpt-oss.")
+                scaled += [name] * (not is_read)
+            else:
+                reader.skip_value(kind)
+        for _ in range(tensors):
+            name = reader.string()
+            scaled += [name] * name.startswith(_GGUF_SCALED)
+            reader.skip(8 * reader.number("<I") + 12)  # its shape, kind and place
+    if scaled:
+        raise ValueError(
+            f"has scaled rotary positions ({scaled[0]}), which are not read from GGUF files; give"
+            " the model's HuggingFace folder"
+        )
     return int(tensors)
 
 
@@ -152,6 +169,13 @@ class _Gguf:
         if self._file.tell() + length > self._size:
             raise ValueError(f"is damaged: a field of {length:,} bytes leads out of it")
         self._file.seek(length, 1)
+
+    def string(self) -> str:
+        start = self._file.tell() + 8
+        self.skip_string()
+        length = self._file.tell() - start
+        self._file.seek(start)
+        return self._file.read(length).decode(errors="replace")
 
     def skip_string(self) -> None:
         self.skip(self.number("<Q"))

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -145,3 +146,21 @@ def test_files_that_cannot_be_read_are_refused_in_two_lines(
     assert str(file) in caught.value.cause
     assert caught.value.exit_code == 3
     assert len(str(caught.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize("told", ["llama.rope.scaling.type", "rope_freqs.weight"])
+def test_scaled_rotary_positions_are_refused(told: str, tmp_path: Path) -> None:
+    """They are not read, and without them the model is another one."""
+    file = tmp_path / "scaled.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_string("llama.rope.scaling.type", "linear" if told.startswith("llama") else "none")
+    if told.startswith("rope"):
+        writer.add_tensor("rope_freqs.weight", np.ones(4, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(InputError, match="scaled rotary positions") as caught:
+        load_teacher(str(file))
+    assert told in caught.value.cause
+    assert "HuggingFace folder" in caught.value.cause
