@@ -38,21 +38,6 @@ _PROBE = (4, 64)
 _SAME = 1e-6
 
 
-def slice_basis(covariance: Float[Tensor, "d d"], width: int) -> Float[Tensor, "d width"]:
-    """The ``width`` channels of most variance, as columns of the identity.
-
-    Raises:
-        UsageError: If there are not so many.
-    """
-    if not 1 <= width <= len(covariance):
-        raise UsageError(
-            f"A choice of {width} channels does not fit in the teacher's width {len(covariance)}.",
-            "Choose a student no wider than the teacher, or --init_from_teacher none.",
-        )
-    chosen = covariance.diagonal().topk(width).indices.sort().values.cpu()
-    return torch.eye(covariance.shape[0])[:, chosen]
-
-
 @torch.no_grad()
 def init_from_teacher(
     teacher: BlockStack,
@@ -72,7 +57,7 @@ def init_from_teacher(
             they learn to, so that the student does at first what a shallower one would (block
             expansion, Wu et al. 2024, arXiv:2401.02415).
         how: The setting's name, for what is said of it: "pca", "slice" or "layers".
-        basis: Orthonormal columns; the student's states are to be the teacher's in this basis. None
+        basis: As for :class:`SharedBasis`; the student's states are to be the teacher's in it. None
             is the identity: the widths must be equal, and the head is copied as well. With the
             teacher's own shape the student then is the teacher.
 
@@ -183,7 +168,9 @@ def _embeddings(teacher: BlockStack, student: BlockStack, basis: SharedBasis) ->
     rows = min(len(table.weight), len(teacher.model.get_input_embeddings().weight))
     tokens, positions = _entering(teacher, rows, student.context_length)
     factor = _multiplier(student, table.weight)
-    table.weight[:rows] = (tokens @ basis.columns / factor).to(table.weight)
+    # Further channels of a wider student stay as built: of zeros nothing would ever read or write.
+    shared = slice(min(basis.columns.shape))
+    table.weight[:rows, shared] = (tokens @ basis.columns / factor)[:, shared].to(table.weight)
     lines = [f"embeddings of {rows} tokens"]
     own = _position_table(student)
     if own is None:
@@ -192,7 +179,8 @@ def _embeddings(teacher: BlockStack, student: BlockStack, basis: SharedBasis) ->
         return [*lines, "not taken: positions, which the teacher does not add to its embeddings"]
     first = int(getattr(own, "offset", 0))  # OPT's first rows are for something else
     rows = min(len(positions), len(own.weight) - first)
-    own.weight[first : first + rows] = (positions[:rows] @ basis.columns).to(own.weight)
+    theirs = (positions[:rows] @ basis.columns)[:, shared]
+    own.weight[first : first + rows, shared] = theirs.to(own.weight)
     return [*lines, f"embeddings of {rows} positions"]
 
 

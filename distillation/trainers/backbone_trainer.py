@@ -14,7 +14,7 @@ from cleangpt.checkpoints import refuse_nonfinite
 from cleangpt.run_directory import RunDirectory
 from cleangpt.sharding import sharded_blocks
 from distillation.activations import Activations
-from distillation.audit import TeacherAudit, audit_teacher, pca_basis
+from distillation.audit import TeacherAudit, audit_teacher
 from distillation.block_inputs import check_inputs, choose_inputs, share_basis
 from distillation.config import (
     DistillationConfig,
@@ -29,8 +29,9 @@ from distillation.passing_states import PassingStates
 from distillation.pictures import draw_block
 from distillation.preflight import check_widths, needs_stitches
 from distillation.read_outs import fit_read_outs
+from distillation.shared_basis import BASES, find_basis
 from distillation.stages import BlockStage, Loss, Stage, standardises
-from distillation.teacher_init import init_from_teacher, slice_basis
+from distillation.teacher_init import init_from_teacher
 from distillation.trainers.base_trainer import BaseDistillationTrainer
 from distillation.trainers.block_rows import COLUMNS, ROW, block_row, chained_errors, shown_row
 from distillation.trainers.decoupled import DecoupledBlocks
@@ -39,7 +40,6 @@ from stitching_layers import StitchingLayer, StitchingLayers, stitches_to_bytes
 
 logger = logging.getLogger(__name__)
 
-BASES = {"pca": pca_basis, "slice": slice_basis}
 STITCH_FIT_TOKENS = 16_384
 READ_OUT_TOKENS = 16_384
 CHAIN_TOKENS = 4096
@@ -271,13 +271,11 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
 
     def _basis(self) -> Tensor | None:
         """The basis in which the student sees the teacher's states; None at equal widths."""
-        how = self.config.init_from_teacher
-        same_width = self.teacher.hidden_size == self.student.hidden_size
-        is_needed = how in BASES or self.shares_basis
-        if same_width or self.audit is None or not is_needed:
+        how, width = self.config.init_from_teacher, self.student.hidden_size
+        is_needed = self.shares_basis or how in BASES
+        if width == self.teacher.hidden_size or self.audit is None or not is_needed:
             return None
-        find = BASES.get(how, pca_basis)
-        return find(self.audit.pooled_covariance(), self.student.hidden_size)
+        return find_basis(how, self.audit.pooled_covariance(), width)
 
     def _audit(self) -> None:
         tokens = self.config.audit_tokens or DistillationConfig.audit_tokens

@@ -16,7 +16,8 @@ from distillation.batch import as_batch
 from distillation.head_init import untie_lm_head
 from distillation.least_squares import LeastSquares
 from distillation.losses.target_statistics import token_normalised
-from distillation.teacher_init import init_from_teacher, slice_basis
+from distillation.shared_basis import slice_basis
+from distillation.teacher_init import init_from_teacher
 from distillation.teacher_weights import read_block
 from tests.builders import (
     BLOCKS,
