@@ -30,12 +30,22 @@ T = TypeVar("T")
 _OUR_LOGGERS = ("cleangpt", "distillation", "model", "examples", "benchmarks", "__main__")
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
+_OTHERS_LOST = (
+    "another process of this run has died, or does not answer",
+    "See what it says, and start all of them again with --resume.",
+)
 _LOST_PROCESSES = {
-    "dataloader worker": "Memory may have run out: lower --num_workers, and go on with --resume.",
-    "gloo/transport": "Another process of this run has died; see what it says, and start all of"
-    " them again with --resume.",
+    "dataloader timed out": (
+        "a process that prepares batches does not answer",
+        "Start again with --num_workers 0; a distillation goes on with --resume.",
+    ),
+    "dataloader worker": (
+        "a process that prepares batches has died",
+        "Memory may have run out: lower --num_workers, and go on with --resume.",
+    ),
+    **dict.fromkeys(("gloo/transport", "nccl", "connection closed by peer"), _OTHERS_LOST),
 }
-"""By words of PyTorch's errors about processes that are no more, what to do."""
+"""By words of PyTorch's errors about processes that are no more: cause and remedy."""
 
 
 # Types of flags -----------------------------------------------------------------------------------
@@ -260,15 +270,9 @@ def _describe(error: BaseException) -> tuple[int, str, str]:
             f"memory ran out: {text or 'the host could not allocate'}",
             "Lower --batch_size or --block_size, or choose a smaller student.",
         )
-    if isinstance(error, RuntimeError) and "dataloader timed out" in lowered:
-        return (
-            EnvironmentProblem.exit_code,
-            f"a process that prepares batches does not answer: {text}",
-            "Start again with --num_workers 0; a distillation goes on with --resume.",
-        )
-    for words, remedy in _LOST_PROCESSES.items():
+    for words, (cause, remedy) in _LOST_PROCESSES.items():
         if isinstance(error, RuntimeError) and words in lowered:
-            return EnvironmentProblem.exit_code, text, remedy
+            return EnvironmentProblem.exit_code, f"{cause}: {text}", remedy
     number = error.errno if isinstance(error, OSError) else None
     if number in _NO_SPACE or "no space left on device" in lowered:
         return (

@@ -140,6 +140,20 @@ def test_exit_codes(error: BaseException, code: int, capsys: pytest.CaptureFixtu
     assert [line.split(":")[0] for line in captured.err.splitlines()] == ["error", "fix"]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:34019: Connection reset by peer.",
+        "[Rank 1] Watchdog caught collective operation timeout: NCCL communicator was aborted",
+    ],
+)
+def test_a_process_that_lost_another_says_so(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run_command(raising(RuntimeError(text)), []) == 5
+    cause, remedy = capsys.readouterr().err.splitlines()
+    assert cause.startswith("error: another process of this run has died, or does not answer: ")
+    assert "--resume" in remedy
+
+
 def test_our_own_words_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     cli.run_command(raising(InputError("the cause.", "The remedy.")), [])
     assert capsys.readouterr().err == "error: the cause.\nfix: The remedy.\n"
