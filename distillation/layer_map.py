@@ -98,13 +98,14 @@ def choose_blocks(wanted: Sequence[int] | None, student_blocks: int) -> frozense
     """The student blocks that learn; None is all of them.
 
     Raises:
-        UsageError: If there are none, or one that the student does not have.
+        UsageError: If there are none, one that the student does not have, or one twice.
     """
     if wanted is None:
         return frozenset(range(student_blocks))
     outside = sorted({block for block in wanted if block not in range(student_blocks)}, key=str)
-    if outside or not wanted:
-        found = f"names {outside}" if outside else "names none"
+    twice = sorted({block for block in wanted if list(wanted).count(block) > 1})
+    if outside or twice or not wanted:
+        found = f"names {outside}" if outside else f"names {twice} twice" if twice else "names none"
         raise UsageError(
             f"The student's blocks are 0 to {student_blocks - 1}; blocks={list(wanted)} {found}.",
             "Name blocks of the student, such as 0-2,5 (--blocks), or leave it out for all.",

@@ -38,5 +38,6 @@ def test_a_row_names_tests_that_exist_or_a_reason(row: list[str]) -> None:
         text = (ROOT / "tests" / file).read_text(encoding="utf-8")
         found = re.search(rf"((?:^@.*\n(?:^[ \])}}].*\n)*)*)^def {name}\(", text, re.M)
         assert found, f"{file} has no {name}"
-        whole = re.search(r"^@pytest\.mark\.slow", found[1], re.M) is not None
+        marks = rf"{found[1]}{''.join(re.findall('^pytestmark.*', text, re.M))}"
+        whole = re.search(r"pytest\.mark\.slow", re.sub(r"param\(.*", "", marks)) is not None
         assert whole == bool(slow), f"{name} {'is' if whole else 'is not'} slow"

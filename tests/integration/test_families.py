@@ -1,5 +1,7 @@
 """Families of teachers that transformers ships: each small, loaded, taken apart and distilled."""
 
+import json
+import math
 import re
 from pathlib import Path
 
@@ -98,13 +100,20 @@ def test_both_commands_run_on_a_family(family: str, tmp_path: Path) -> None:
     shared = ["--dataset_name", str(text), "--max_samples", "40"]
     flags = ["--teacher_model_name_or_path", teacher, "--output_dir", str(run)]
     flags += ["--student_n_embd", "16", "--student_n_head", "2", "--block_size", "16"]
-    run_distillation_example.main(
-        [*flags, *shared, "--recipe", "best", "--no_overfit_gate", "--validation_tokens", "64"]
-    )
+    flags += ["--recipe", "best", "--no_overfit_gate", "--validation_tokens", "64"]
+    run_distillation_example.main([*flags, *shared, "--lm_head_epochs", "1"])
+    stages = json.loads((run / "manifest.json").read_text())["stages"]
+    assert [row.get("block") for row in stages] == [0, 1, None, None]
+    assert [row["stage"] for row in stages[2:]] == ["lm-head", "polish"]
+    assert all(row["steps"] > 0 and math.isfinite(row["last_loss"]) for row in stages)
     folder = tmp_path / "evaluation"
     student = str(run / "student_model_final_distilled.pt")
     flags = ["--model_path", student, "--model_type", "Vanilla", "--teacher_model_name", teacher]
     evaluate_distilled_model.main(
         [*flags, *shared, "--speed_seconds", "0", "--output_dir", str(folder)]
     )
-    assert any(folder.glob("*.json"))
+    result = json.loads((folder / "results.json").read_text())
+    own = result["models"][1]
+    assert math.isfinite(own["quality"]["perplexity"])
+    assert 0 <= own["quality"]["kl_nats"] < 20
+    assert len(result["hidden_states"]["blocks"]) == 2

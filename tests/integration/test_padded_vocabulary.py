@@ -79,7 +79,7 @@ def test_every_start_is_the_one_without_the_padding(teachers: tuple[Any, Any]) -
     torch.testing.assert_close(*found, rtol=1e-6, atol=1e-9)
 
 
-def test_rows_left_out_are_logged_once(
+def test_where_the_tokens_are_as_many_nothing_is_said(
     teachers: tuple[Any, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, logger="distillation.preflight"):

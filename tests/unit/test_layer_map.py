@@ -75,6 +75,9 @@ def test_bad_maps_are_refused_with_one_that_fits(wanted: list[int], cause: str) 
 def test_blocks_that_learn() -> None:
     assert choose_blocks(None, 3) == {0, 1, 2}
     assert choose_blocks([2, 0], 3) == {0, 2}
-    for wanted in ([3], [-1], []):
-        with pytest.raises(UsageError, match="The student's blocks are 0 to 2"):
+    for wanted, found in (([3], r"names \[3\]"), ([-1], "names"), ([], "names none")):
+        with pytest.raises(UsageError, match=f"The student's blocks are 0 to 2; .*{found}"):
             choose_blocks(wanted, 3)
+    with pytest.raises(UsageError, match=r"names \[1\] twice") as error:
+        choose_blocks([0, 1, 2, 1], 3)
+    assert error.value.exit_code == 2
