@@ -91,14 +91,28 @@ LATENT_ATTENTION: Final = (
 )
 OWN: Final[dict[str, dict[str, Any]]] = {
     **{family: {"num_key_value_heads": 4, "head_dim": 4} for family in LATENT_ATTENTION},
+    **{family: {"num_key_value_heads": 4} for family in ("dots3_note", "dots3_note_text")},
     "bamba": {"attn_layer_indices": [1]},
+    "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8},
     "gpt_neo": {"num_hidden_layers": 4, "attention_types": [[["global", "local"], 2]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "mamba2": {"num_heads": 8, "head_dim": 8},
+    "prophetnet": {"num_encoder_layers": 3, "num_decoder_layers": 3},
+    "reformer": {
+        "axial_pos_embds_dim": [16, 16],
+        "axial_pos_shape": [8, 8],
+        "attention_head_size": 8,
+    },
+    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2},
     "zamba2": {"layers_block_type": ["mamba", "hybrid", "mamba"]},
+    "zaya": {"num_experts_per_tok": 1},
 }
 """What single families need besides."""
-READ_ONLY: Final = {"falcon": ("head_dim",), "xlstm": ("v_head_dim",)}
+READ_ONLY: Final = {
+    "falcon": ("head_dim",),
+    "prophetnet": ("num_hidden_layers",),
+    "xlstm": ("v_head_dim",),
+}
 """Names that a family computes from others."""
 
 

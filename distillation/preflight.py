@@ -17,6 +17,10 @@ from distillation.config import DistillationConfig
 
 logger = logging.getLogger(__name__)
 
+_PROBED = 8
+_MOST_ERROR_ALONE = 0.02
+"""What bf16 may lose between two ways to run a block."""
+
 
 @torch.no_grad()
 def check_structure(stack: BlockStack) -> None:
@@ -24,7 +28,7 @@ def check_structure(stack: BlockStack) -> None:
 
     Raises:
         InputError: If no final norm is found, or blocks pass on something other than states of
-            shape [batch, seq, d_model], such as several parallel streams.
+            shape [batch, seq, d_model], such as several parallel streams, or something besides.
     """
     if stack.device.type == "meta":  # a plan's outline computes nothing to look at
         return
@@ -33,6 +37,7 @@ def check_structure(stack: BlockStack) -> None:
         stack.final_norm  # noqa: B018 - found by looking
         ids = stack.probe_ids()
         state = stack.hidden(stack.embed(ids))
+        alone = _error_of_a_block_alone(stack)
     expected = (*ids.shape, stack.hidden_size)
     if tuple(state.shape) != expected:
         raise InputError(
@@ -40,6 +45,24 @@ def check_structure(stack: BlockStack) -> None:
             f" {list(state.shape)}; looked for [batch, seq, d_model], here {list(expected)}.",
             "Such a model cannot be distilled: it needs one stream of the model's own width.",
         )
+    if alone > _MOST_ERROR_ALONE:
+        raise InputError(
+            f"A block of {type(stack.model).__name__} that is given the state before it returns"
+            f" another one than in the whole model (by {alone:.1%}): its blocks pass on more.",
+            "Such a model cannot be distilled: its blocks must follow from one another's states.",
+        )
+
+
+def _error_of_a_block_alone(stack: BlockStack) -> float:
+    """How far block 1 is off when it runs alone, as a share of the largest value."""
+    if stack.num_blocks < 2:
+        return 0.0
+    length = min(_PROBED, stack.context_length or _PROBED)
+    ids = torch.arange(1, length + 1, device=stack.device)[None] % stack.vocab_size
+    _, entering, expected = stack.block_states(ids, stop_after=1)
+    alone = stack.advance(1, entering, ids)
+    largest = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
+    return float((alone - expected).abs().max() / largest)
 
 
 def check_widths(teacher: BlockStack, student: BlockStack, *, stitched: bool) -> None:

@@ -150,13 +150,15 @@ def test_on_raw_states_the_size_of_a_state_counts() -> None:
     assert float(loss(2 * states, states)) > 0.5
 
 
-@pytest.mark.parametrize("how", ["teacher", "mixed"])
+@pytest.mark.parametrize("how", ["student", "teacher", "mixed"])
 def test_blocks_learn_and_both_errors_are_reported(tmp_path: Path, how: str) -> None:
     data = batches(8)
     options: dict[str, Any] = {"init_from_teacher": "pca", "distill_loss_type": "nmse"}
     _, rows = train(tmp_path, block_inputs=how, data=data, **options)
     assert all(row["last_loss"] < row["first_loss"] for row in rows)
     assert all(0 < row["chained_error"] < 2 for row in rows)
+    if how == "student":
+        assert all(row["chained_error"] == row["relative_error"] for row in rows)
     if how == "teacher":  # errors add up
         assert rows[-1]["chained_error"] > rows[-1]["relative_error"]
 

@@ -23,6 +23,7 @@ REFUSALS = {
     "mamba": "state-space or recurrent model",
     "xlm": "not causal",
     "gemma3n_text": "No single module",
+    "zaya": "its blocks pass on more",
     "qwen4_exp": r"states of shape \[1, 2, 128\]",
 }
 
