@@ -3,18 +3,25 @@
 import dataclasses
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from cleangpt.blocks import BlockStack
 from cleangpt.errors import CleanGPTError
 from cleangpt.runtime.ranks import Ranks
 from cleangpt.structure import count_parameters
 from distillation.accelerators import ACCELERATORS, Accelerator, Cluster
-from distillation.commands.scale import PLAN_DEVICES, check_scale_flags, plan_for_cluster
+from distillation.commands.scale import (
+    PLAN_DEVICES,
+    TEACHER_SHAPES,
+    check_scale_flags,
+    plan_for_cluster,
+)
 from distillation.commands.settings import parse_arguments
 from distillation.plan import Workload, block_flops
 from distillation.scale_advice import advice
@@ -22,6 +29,7 @@ from distillation.scale_plan import ScalePlan, device_costs, plan_at_scale
 from distillation.scale_sizes import Setup, blocks_whole, copies, outside_blocks
 from model import get_model_class
 from tests.builders import BLOCKS, VOCAB, WIDTH, tiny_student, tiny_teacher
+from tests.contract.source_tree import ROOT
 
 KIND = Accelerator(
     name="toy",
@@ -165,6 +173,55 @@ def test_a_large_teacher_is_planned_for_from_its_shape_alone(tmp_path: Path) -> 
     lines = plan.table().splitlines()
     assert lines[1].startswith("block-00")
     assert any("device hours" in line for line in lines)
+
+
+SHAPES = {
+    "8B": ("llama-3-8b", "h100", 16, 2048, 16, ()),
+    "70B, spread": (
+        *("llama-3-70b", "h200", 20, 4096, 32),
+        ("--shard_teacher", "--activation_cache", "disk"),
+    ),
+}
+"""Teacher, device, and the student's blocks, width and heads, by the words of the page."""
+
+
+def rows_of_the_page() -> list[list[str]]:
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page]
+    return [row for row in rows if row and row[0] in SHAPES]
+
+
+@pytest.mark.parametrize("row", rows_of_the_page(), ids=lambda row: f"{row[0]} {row[1]}")
+def test_the_page_has_the_plans_of_8b_and_70b(row: list[str]) -> None:
+    teacher, device, blocks, width, heads, more = SHAPES[row[0]]
+    count, kind = row[1].split()
+    assert kind == device
+    plan = cluster_plan(
+        *("--plan_device", device, "--plan_devices", count, "--teacher_config", teacher),
+        *("--plan_tokens", "1e9", "--recipe", "best", "--polish_epochs", "1"),
+        *("--teacher_dtype", "bf16", "--activation_dtype", "bf16"),
+        *("--student_n_layer", str(blocks), "--student_n_embd", str(width)),
+        *("--student_n_head", str(heads), "--block_size", "2048", "--batch_size", row[2], *more),
+    )
+    table = plan.table()
+    hours = plan.seconds / 3600
+    assert float(row[4]) == pytest.approx(hours, rel=0.06, abs=0.05)
+    assert float(row[5].replace(",", "")) == pytest.approx(hours * int(count), rel=0.02)
+    operations = re.search(r"in all: ([\d,.]+) PFLOP", table)
+    assert operations
+    assert float(row[3]) == pytest.approx(float(operations[1].replace(",", "")) / 1e3, rel=0.01)
+    states = row[8].split(", ")[1].split(" of ")[0]
+    for shown in (row[6].removesuffix(", too much"), f"teacher {row[7]}", states):
+        assert shown in table, (shown, table)
+    assert ("too much" in row[6]) == (plan.peak.memory.total > ACCELERATORS[device].memory_bytes)
+    assert row[9] in table
+
+
+@pytest.mark.parametrize(("teacher", "billions"), [("llama-3-8b", 8.03), ("llama-3-70b", 70.6)])
+def test_the_known_shapes_are_those_models(teacher: str, billions: float) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**TEACHER_SHAPES[teacher]))
+    assert count_parameters(model) / 1e9 == pytest.approx(billions, rel=1e-3)
 
 
 @pytest.mark.parametrize(
