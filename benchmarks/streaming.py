@@ -1,8 +1,8 @@
 """Peak memory against the size of the corpus: streamed in passes, and packed at once.
 
-    python -m benchmarks.streaming --megabytes 4 200
+    python -m benchmarks.streaming --megabytes 4 20 200
 
-writes text of each size into a temporary folder, and for each way starts a process of its own:
+writes ``results/streaming.md``: it puts text of each size into a temporary folder, and for each way starts a process of its own:
 ``train`` trains a block of a tiny student on the first passes of a stream, with frozen states in a
 budget of 25 MB, and then reads and tokenizes all passes that there are; ``stream`` only does the
 latter; ``memory`` packs the windows of the whole corpus.
@@ -24,6 +24,7 @@ from benchmarks.memory import forget_peak, peak_mib
 from benchmarks.report import Section
 from cleangpt.cli import CommandParser, positive_int, run_command
 
+RESULT = "benchmarks/results/streaming.json"
 WAYS = ("train", "stream", "memory")
 SEQ_LEN, PASS_TOKENS, TRAINED_TOKENS = 128, 2**17, 2**19
 BYTES_PER_TOKEN = 3
@@ -162,7 +163,7 @@ def train(stream: Any, tokenizer: Any, output_dir: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure and print the table; with ``--way``, measure one thing and print it as JSON.
+    """Measure, print and write the table; with ``--way``, measure one thing and print it as JSON.
 
     Args:
         argv: Arguments without the program's name; None takes the process's own.
@@ -172,20 +173,30 @@ def main(argv: list[str] | None = None) -> None:
         "--megabytes",
         type=positive_int,
         nargs="+",
-        default=[4, 200],
-        help="sizes (default: 4 200)",
+        default=[4, 20, 200],
+        help="sizes (default: 4 20 200)",
     )
     parser.add_argument(
         "--ways", choices=WAYS, nargs="+", default=WAYS, help="what is measured (default: all)"
     )
+    parser.add_argument("--output", default=RESULT, help=f"the JSON file (default: {RESULT})")
     parser.add_argument("--way", choices=WAYS, help="measure one way in this process")
     parser.add_argument("--folder", type=Path, help="the corpus of --way")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     arguments: argparse.Namespace = parser.parse_args(argv)
     if arguments.way:
         print(json.dumps(read(arguments.way, arguments.folder)))
-    else:
-        print(measure_streaming(arguments.megabytes, arguments.ways).markdown())
+        return
+    from benchmarks.report import machine, write_report
+
+    section = measure_streaming(arguments.megabytes, arguments.ways)
+    command = "python -m benchmarks.streaming --megabytes " + " ".join(
+        str(size) for size in arguments.megabytes
+    )
+    path = Path(arguments.output)
+    written = write_report({"streaming": section}, path, machine(), command, "Streaming")
+    print(section.markdown())
+    print(f"written: {written}")
 
 
 if __name__ == "__main__":
