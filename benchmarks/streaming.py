@@ -2,10 +2,10 @@
 
     python -m benchmarks.streaming --megabytes 4 20 200
 
-writes ``results/streaming.md``: it puts text of each size into a temporary folder, and for each way starts a process of its own:
-``train`` trains a block of a tiny student on the first passes of a stream, with frozen states in a
-budget of 25 MB, and then reads and tokenizes all passes that there are; ``stream`` only does the
-latter; ``memory`` packs the windows of the whole corpus.
+writes ``results/streaming.md``. Text of each size is put into a temporary folder, and each way has
+a process of its own: ``train`` trains a block of a tiny student on the first passes of a stream,
+with frozen states in a budget of 25 MB, and then reads and tokenizes all passes that there are;
+``stream`` only does the latter; ``memory`` packs the windows of the whole corpus.
 """
 
 import argparse

@@ -24,9 +24,10 @@ Written by `python -m benchmarks.teachers`, with transformers {version}. Every f
 language models that transformers ships is built tiny (random weights), saved, loaded by
 `load_teacher`, looked at block by block, and distilled: blocks, head and polish. So this page says
 whether a family's structure is understood. Of families that also have encoders, it is the causal
-decoder that is built (`is_decoder`); their usual checkpoints (BERT, BART, T5) are refused. {works}
-of {all} families work, {refused} are refused, {failing} fail in their own code, and {untried}
-cannot be built small by our rules.
+decoder that is built (`is_decoder`); their usual checkpoints (BERT, BART, T5) are refused.
+
+{works} of {all} families work, {refused} are refused, {failing} fail in their own code, and
+{untried} cannot be built small by our rules.
 
 A family that is not here works if its blocks are the outermost `ModuleList` as long as
 `config.num_hidden_layers`, hold attention heads, and are followed by at most a norm and a head. The

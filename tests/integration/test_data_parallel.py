@@ -107,6 +107,16 @@ def test_more_processes_than_rows(place: Path) -> None:
 
 
 @pytest.mark.slow
+def test_more_processes_than_blocks_that_learn_apart(place: Path) -> None:
+    flags = ("--block_inputs", "teacher", "--schedule", "decoupled")
+    one, three = run(place, "apart", (), 1, *flags), run(place, "apart 3", TORCHRUN, 3, *flags)
+    rows = [json.loads((f / "manifest.json").read_text())["stages"] for f in (one, three)]
+    blocks = [[row["last_loss"] for row in each if "block" in row] for each in rows]
+    assert len(blocks[0]) == 2
+    assert blocks[0] == blocks[1]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["sequential", "parallel_local"])
 @pytest.mark.parametrize("cache", ["ram", "disk", "off"])
 def test_every_schedule_and_cache(place: Path, schedule: str, cache: str) -> None:

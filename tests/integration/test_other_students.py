@@ -1,6 +1,7 @@
 """Students that are not built here: any causal LM of transformers, and a student that exists."""
 
 import json
+import math
 import shlex
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,22 @@ def test_a_configuration_makes_a_student(place: Path) -> None:
     assert [block["local_error"] for block in blocks] == recorded
     assert all(block["relative_error"] > 0 for block in blocks)
     assert "| chained error | local error |" in (folder / "evaluation" / "report.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", CONFIGS)
+def test_any_family_can_be_the_student(family: str, place: Path) -> None:
+    file = place / f"{family}.json"
+    file.write_text(CONFIGS[family]().to_json_string())
+    flags = ["--student_model_type", "hf", "--student_config", str(file), "--recipe", "best"]
+    folder, printed = run(place, f"a {family}", *flags, "--no_overfit_gate", "--polish_epochs", "1")
+    stages = json.loads((folder / "manifest.json").read_text())["stages"]
+    assert [row["stage"] for row in stages] == ["block-00", "block-01", "lm-head", "polish"]
+    assert all(math.isfinite(row["last_loss"]) for row in stages if row["steps"])
+    words = shlex.split(printed)[3:]
+    evaluate_distilled_model.main([*words, "--max_samples", "20", "--speed_seconds", "0"])
+    result = json.loads((folder / "evaluation" / "results.json").read_text())
+    assert math.isfinite(result["models"][1]["quality"]["perplexity"])
 
 
 def test_a_folder_with_weights_starts_from_them(place: Path) -> None:

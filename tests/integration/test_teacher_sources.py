@@ -48,6 +48,7 @@ def loaded(place: Path, *arguments: str) -> tuple[list[list[str]], str]:
     return [line.split() for line in done.stdout.splitlines()], done.stderr
 
 
+@pytest.mark.slow
 def test_a_revision_is_a_branch_a_tag_or_a_commit(tmp_path: Path) -> None:
     repository = tmp_path / "hub" / "models--owner--tiny"
     (repository / "refs").mkdir(parents=True)
@@ -63,6 +64,7 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(tmp_path: Path) -> None:
     assert [line[-1] for line in lines] == [first[0], first[1], first[1]]
 
 
+@pytest.mark.slow
 def test_code_that_is_trusted_runs_and_that_is_said(tmp_path: Path) -> None:
     folder = tmp_path / "own"
     save(folder, build("gpt2"))
