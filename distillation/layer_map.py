@@ -7,6 +7,8 @@ from typing import Final
 from cleangpt.errors import UsageError
 
 LAYER_MAPS: Final = ("uniform", "first", "last")
+MEASURED: Final = "measured"
+"""For the command: the map that :func:`measured_layer_map` finds on its data."""
 LayerMap = str | Sequence[int]
 """A name of ``LAYER_MAPS``, or the teacher block of each student block, never falling."""
 
@@ -92,6 +94,30 @@ def uniform_layer_map(student_blocks: int, teacher_blocks: int) -> tuple[int, ..
         (2 * (m + 1) * teacher_blocks + student_blocks) // (2 * student_blocks) - 1
         for m in range(student_blocks)
     )
+
+
+def measured_layer_map(costs: Sequence[float], student_blocks: int) -> tuple[int, ...]:
+    """The map of a student that is made of the blocks which the teacher can least do without.
+
+    A student block starts from the first teacher block that it stands for
+    (:func:`~distillation.teacher_init.first_of_groups`), so each of those blocks begins a group.
+    The first is always one of them.
+
+    Args:
+        costs: What the teacher loses without each of its blocks; see
+            :func:`~distillation.block_costs.block_costs`.
+        student_blocks: How many blocks the student has; of a deeper one the map is uniform.
+
+    Example:
+        >>> measured_layer_map([7.0, 0.1, 0.2, 3.0, 0.1, 2.0], 3)
+        (2, 4, 5)
+    """
+    count = len(costs)
+    if student_blocks >= count:
+        return uniform_layer_map(student_blocks, count)
+    dearest = sorted(range(1, count), key=lambda block: (-costs[block], block))
+    starts = sorted(dearest[: student_blocks - 1])
+    return (*(block - 1 for block in starts), count - 1)
 
 
 def choose_blocks(wanted: Sequence[int] | None, student_blocks: int) -> frozenset[int]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from cleangpt.cli import setup_logging
 from cleangpt.runtime.launcher import launched
 from distillation.commands.data import build_dataloader, find_documents, validation_dataloader
+from distillation.commands.layer_choice import settle_layer_map
 from distillation.commands.scale import check_scale_flags, plan_for_cluster
 from distillation.commands.settings import parse_arguments
 from distillation.commands.student import build_student
@@ -156,6 +157,7 @@ def prepare(
     with torch.device("meta") if arguments.plan else contextlib.nullcontext():
         student = build_student(arguments, teacher, find_class)
     loader = build_dataloader(arguments, source, teacher, student, ranks)
+    settle_layer_map(arguments, teacher, student, loader, ranks)
     held_out = None
     if arguments.plan:
         arguments.early_stop_patience = 0  # it would ask for held-out text, which is not read here

@@ -20,11 +20,11 @@ from config_distillation import MODEL_TYPES
 from distillation.commands.scale import add_scale_flags
 from distillation.commands.streaming import add_streaming_flags
 from distillation.commands.student_flags import HF_STUDENT
+from distillation.layer_map import LAYER_MAPS, MEASURED
 
 PROGRAM = "examples.run_distillation_example"
 Row = tuple[str, Callable[[str], Any], Any, str]
 
-LAYER_MAPS = ("uniform", "first", "last")
 TRACKER_NAMES = ("tensorboard", "wandb", "trackio")
 PER_BLOCK = "; one value, or one per block as 1e-3,5e-4"
 STUDENT_SWITCHES = {
@@ -155,10 +155,10 @@ def method_flags() -> set[str]:
 
 def layer_map(text: str) -> str | list[int]:
     """The type of ``--layer_map``: a name, or indices."""
-    if text in LAYER_MAPS:
+    if text in (*LAYER_MAPS, MEASURED):
         return text
     if not all(part.strip().isdecimal() for part in text.split(",")):
-        known = ", ".join(LAYER_MAPS)
+        known = ", ".join((*LAYER_MAPS, MEASURED))
         raise argparse.ArgumentTypeError(f"{text!r} is not {known}, nor blocks such as 1,3,5")
     return [int(part) for part in text.split(",")]
 
@@ -241,7 +241,8 @@ def _add_model_flags(parser: CommandParser) -> None:
         default="uniform",
         metavar="MAP",
         help="which teacher block each student block learns from: uniform (spread, last to last),"
-        " first, last, or one per student block as 1,3,5 or 0,0,1 (default: uniform)",
+        " first, last, measured (it starts from the blocks that the teacher can least do without),"
+        " or one per student block as 1,3,5 or 0,0,1 (default: uniform)",
     )
     meaning = "student blocks that learn, as 3-5 or 0,2; others stay (default: all)"
     add("--blocks", type=block_ranges, metavar="BLOCKS", help=meaning)

@@ -1,0 +1,56 @@
+"""``--layer_map measured``: the blocks that the teacher can least do without."""
+
+import argparse
+import logging
+from typing import TYPE_CHECKING, Any
+
+from distillation.layer_map import MEASURED, measured_layer_map
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from cleangpt.runtime.ranks import Ranks
+    from cleangpt.teacher import Teacher
+
+logger = logging.getLogger(__name__)
+
+
+def settle_layer_map(
+    arguments: argparse.Namespace,
+    teacher: "Teacher",
+    student: "nn.Module",
+    loader: Any,
+    ranks: "Ranks",
+) -> None:
+    """Put the map that is found in the place of ``measured``; a plan has a uniform one.
+
+    A run that goes on keeps its own.
+
+    Args:
+        arguments: The parsed flags; changed.
+        teacher: What is measured.
+        student: For its number of blocks.
+        loader: The training batches.
+        ranks: The processes of the run, which must agree.
+    """
+    if arguments.layer_map != MEASURED:
+        return
+    if arguments.plan:
+        arguments.layer_map = "uniform"
+        return
+
+    from cleangpt.blocks import BlockStack
+    from cleangpt.run_directory import RunDirectory
+    from distillation.block_costs import block_costs
+
+    known = RunDirectory(arguments.output_dir).manifest() if arguments.resume else None
+    if known and known.get("layer_map"):
+        arguments.layer_map = known["layer_map"]
+        return
+    costs = ranks.from_main(block_costs(BlockStack(teacher.model), loader))
+    blocks = BlockStack(student).num_blocks
+    arguments.layer_map = list(measured_layer_map(costs, blocks))
+    logger.info(
+        "What the teacher loses without a block, in nats of KL: %s",
+        ", ".join(f"{block}: {cost:.3g}" for block, cost in enumerate(costs)),
+    )
