@@ -33,12 +33,12 @@ def check_student_flags(arguments: argparse.Namespace, named: set[str]) -> None:
 
 def keep_own_weights(arguments: argparse.Namespace, named: set[str]) -> None:
     """Let a student that has weights start as it is, its head too, unless flags say otherwise."""
-    if not arguments.start_student and not arguments.student_config:
+    config = arguments.student_config
+    if not arguments.start_student and not (config and holds_weights(config)):
         return
     if "init_from_teacher" not in named:
         arguments.init_from_teacher = "none"
-    has_weights = arguments.start_student or holds_weights(arguments.student_config)
-    if has_weights and "initialize_head_from_teacher" not in named:
+    if "initialize_head_from_teacher" not in named:
         arguments.initialize_head_from_teacher = False
         logger.info(
             "The student starts from its own weights, its head too;"

@@ -64,6 +64,19 @@ def test_a_configuration_makes_a_student(place: Path) -> None:
     assert "| chained error | local error |" in (folder / "evaluation" / "report.md").read_text()
 
 
+def test_a_configuration_like_the_teachers_is_the_teacher(place: Path) -> None:
+    file = place / "same.json"
+    file.write_text(CONFIGS["gpt2"]().to_json_string())
+    flags = ["--student_model_type", "hf", "--student_config", str(file), "--recipe", "best"]
+    flags += ["--no_overfit_gate", "--validation_tokens", "0", "--early_stop_patience", "0"]
+    folder, _ = run(place, "same", *flags, "--epochs_per_block", "0", "--polish_epochs", "0")
+    taught, teacher = (load_model(str(each)).model for each in (folder, place / "teacher"))
+    ids = torch.randint(0, VOCAB, (2, 9))
+    with torch.no_grad():
+        assert torch.equal(taught(ids).logits, teacher(ids).logits)
+    assert not (folder / "stitching_layers.safetensors").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", CONFIGS)
 def test_any_family_can_be_the_student(family: str, place: Path) -> None:
@@ -142,8 +155,11 @@ def test_a_folder_keeps_its_head_only_if_it_has_weights(place: Path, tmp_path: P
         assert not parse_arguments(flags).initialize_head_from_teacher
         flags += ["--initialize_head_from_teacher"]
         assert parse_arguments(flags).initialize_head_from_teacher
+        assert parse_arguments([*flags[:-1]]).init_from_teacher == "none"
         flags = [*start, str(place / "llama.json"), "--recipe", recipe]
-        assert parse_arguments(flags).initialize_head_from_teacher
+        parsed = parse_arguments(flags)
+        assert parsed.initialize_head_from_teacher
+        assert parsed.init_from_teacher == ("pca" if recipe == "best" else "none")
 
 
 BAD_CONFIGURATIONS = [
