@@ -43,7 +43,9 @@ _LOST_PROCESSES = {
         "a process that prepares batches has died",
         "Memory may have run out: lower --num_workers, and go on with --resume.",
     ),
-    **dict.fromkeys(("gloo/transport", "nccl", "connection closed by peer"), _OTHERS_LOST),
+    **dict.fromkeys(
+        ("gloo/transport", "connection closed by peer", "watchdog", "ncclremoteerror"), _OTHERS_LOST
+    ),
 }
 """By words of PyTorch's errors about processes that are no more: cause and remedy."""
 

@@ -21,7 +21,7 @@ _GGUF_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12:
 _GGUF_STRING, _GGUF_ARRAY = 8, 9
 _GGUF_SCALING, _GGUF_SCALED = ".rope.scaling.type", ("rope_freqs.", "rope_factors_")
 """Field and tensors of rotary positions that are scaled (Llama 3.1 and later): transformers reads
-none but gpt-oss's, and the model would be another one."""
+none that we know of, and the model would be another one."""
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -138,8 +138,7 @@ def _check_gguf(path: Path) -> int:
         for _ in range(fields):
             name, kind = reader.string(), reader.number("<I")
             if name.endswith(_GGUF_SCALING) and kind == _GGUF_STRING:
-                is_read = reader.string() == "none" or name.startswith("gpt-oss.")
-                scaled += [name] * (not is_read)
+                scaled += [name] * (reader.string() != "none")
             else:
                 reader.skip_value(kind)
         for _ in range(tensors):

@@ -48,6 +48,8 @@ def block_costs(
             ids = batch.input_ids[:rows]
             mask = None if batch.mask is None else batch.mask[:rows]
             valid = batch.attention_mask[:rows]
+            if not valid.any():
+                continue
             states = teacher.block_states(ids, mask)
             target = teacher.logits_of(states[-1], ids, mask)[valid].float()
             for block in range(teacher.num_blocks):

@@ -7,25 +7,26 @@ in which RMS norms, rotary positions and gates work as in the teacher (SliceGPT,
 2024, arXiv:2401.15024).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cleangpt.blocks import BlockStack
+from cleangpt.heads import head_is_tied
 from cleangpt.runtime.placement import whole_tensor, whole_weights
 from distillation.shared_basis import SharedBasis, make_plain, set_linear
+from distillation.silent_blocks import adds_to_its_input
 from distillation.teacher_weights import (
     ATTENTION,
     ATTENTION_NORM,
     MLP_NORM,
     OUT,
-    POST_NORMS,
     UP_DOWN,
     LinearMap,
-    Norm,
     attention_maps,
     first_part,
     fused_name,
@@ -35,14 +36,25 @@ from distillation.teacher_weights import (
     repeated,
 )
 
-_KINDS_OF_LAYERS = ("layer_types", "no_rope_layers")
+_OTHER_KIND = "not taken: blocks, since the student's are of another kind and name no parts"
+_UNKNOWN = "not taken: blocks, whose layout is not known here"
+NOT_TAKEN = (_OTHER_KIND, _UNKNOWN)
+"""What is said of a block that stays as built."""
+_KINDS_OF_LAYERS = ("layer_types", "no_rope_layers", "attention_layers")
+_SEPARATE = ("q_proj", "k_proj", "v_proj")
+_QUERY_KEY_NORMS = ("q_norm", "k_norm")
 
 
-def can_copy_layers(teacher: BlockStack, student: BlockStack) -> bool:
-    """Whether both are of one class, and every block of the student fits one of the teacher's."""
-    theirs = _shapes(teacher.block(0))
-    return type(teacher.model) is type(student.model) and all(
-        _shapes(student.block(index)) == theirs for index in range(student.num_blocks)
+def is_same_class(theirs: nn.Module, own: nn.Module) -> bool:
+    """Whether a part of the teacher is of the student's class; FSDP2 makes one derived from it."""
+    return isinstance(theirs, type(own))
+
+
+def can_copy_layers(teacher: BlockStack, student: BlockStack, sources: Sequence[int]) -> bool:
+    """Whether both are of one class, and every block of the student is made like its source."""
+    return is_same_class(teacher.model, student.model) and all(
+        _shapes(student.block(index)) == _shapes(teacher.block(source))
+        for index, source in enumerate(sources)
     )
 
 
@@ -50,7 +62,8 @@ def can_copy_layers(teacher: BlockStack, student: BlockStack) -> bool:
 def copy_layers(teacher: BlockStack, student: BlockStack, sources: Sequence[int]) -> list[str]:
     """Copy all there is: the student computes what the teacher would with these blocks alone.
 
-    Of tables with other numbers of rows, those that both have are copied.
+    Of tables with other numbers of rows, those that both have are copied. A tied head stays the
+    student's embeddings.
 
     Args:
         teacher: Where the weights come from.
@@ -58,27 +71,46 @@ def copy_layers(teacher: BlockStack, student: BlockStack, sources: Sequence[int]
         sources: The teacher block that each student block is a copy of.
 
     Returns:
-        What was taken, a line each.
+        What was taken and what was not, a line each.
     """
     lines = [f"the student is a {type(student.model).__name__} too: whole layers are copied"]
     lines.append(f"weights of the teacher's blocks {', '.join(map(str, sources))}")
+    done: set[int] = set()
     for index, source in enumerate(sources):
+        own = student.block(index).state_dict(keep_vars=True)
         with whole_weights(teacher.block(source)):
-            student.block(index).load_state_dict(teacher.block(source).state_dict())
-    in_blocks = {
-        id(tensor)
-        for stack in (teacher, student)
-        for index in range(stack.num_blocks)
-        for tensor in stack.block(index).state_dict(keep_vars=True).values()
-    }
+            theirs = _tensors(teacher.block(source))
+            for name, tensor in own.items():
+                tensor.copy_(theirs[name])
+        done |= {id(tensor) for tensor in own.values()}
+    return lines + _copy_the_rest(teacher, student, done)
+
+
+def _copy_the_rest(teacher: BlockStack, student: BlockStack, done: set[int]) -> list[str]:
+    """Copy what is in no block, each tensor once; a tied head goes by its name as embeddings."""
+    is_tied = head_is_tied(student)
+    lines = ["embeddings and final norm" if is_tied else "embeddings, final norm and head"]
+    if is_tied and not head_is_tied(teacher):
+        lines.append("not taken: the head, which is tied to the embeddings in the student")
+    modules = student.model.named_modules()
+    head = next(name for name, module in modules if module is student.lm_head)
+    table = student.model.get_input_embeddings().weight
     theirs = teacher.model.state_dict(keep_vars=True)
     for name, own in student.model.state_dict(keep_vars=True).items():
-        if id(own) not in in_blocks:
-            whole = whole_tensor(teacher.model, name, theirs[name])
-            rows = min(len(own), len(whole)) if own.ndim else 0
-            (own[:rows] if own.ndim else own).copy_(whole[:rows] if own.ndim else whole)
-    lines.append("embeddings, final norm and head")
-    return lines + _other_kinds(teacher, student, sources)
+        if id(own) in done or (own is table and name.rpartition(".")[0] == head):
+            continue
+        whole = whole_tensor(teacher.model, name, theirs[name]) if name in theirs else None
+        if whole is None or whole.ndim != own.ndim or whole.shape[1:] != own.shape[1:]:
+            lines.append(f"not taken: {name}, which is not there in this shape")
+            continue
+        rows = slice(min(len(own), len(whole))) if own.ndim else ...
+        own[rows].copy_(whole[rows])
+    return lines
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """What a module holds; its ``state_dict`` would have the shards of a spread one."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 def _shapes(block: nn.Module) -> dict[str, tuple[torch.Size, bool]]:
@@ -87,12 +119,12 @@ def _shapes(block: nn.Module) -> dict[str, tuple[torch.Size, bool]]:
     return {name: (each.shape, each.is_floating_point()) for name, each in state.items()}
 
 
-def _other_kinds(teacher: BlockStack, student: BlockStack, sources: Sequence[int]) -> list[str]:
+def other_kinds(teacher: BlockStack, student: BlockStack, sources: Sequence[int]) -> list[str]:
     """A line for blocks whose source looks at other positions, as by a sliding window."""
     lines = []
     for name in _KINDS_OF_LAYERS:
         theirs, own = (getattr(_config(stack), name, None) for stack in (teacher, student))
-        if not theirs or not own:
+        if not theirs or not own or not is_same_class(teacher.model, student.model):
             continue
         differ = [i for i, source in enumerate(sources) if own[i] != theirs[source]]
         if differ:
@@ -104,7 +136,10 @@ def _other_kinds(teacher: BlockStack, student: BlockStack, sources: Sequence[int
 def fill_alike(
     teacher: BlockStack, student: BlockStack, source: int, index: int, basis: SharedBasis
 ) -> list[str]:
-    """Fill a block from one of the same class, whatever the widths, as far as both are understood.
+    """Fill a block from one of the same class, whatever the widths, if both are understood.
+
+    A layout counts as understood if the two parts that are known here hold all of the block's
+    parameters, in the shapes that they should have, and add to what enters the block.
 
     Args:
         teacher: Where the weights come from.
@@ -116,44 +151,135 @@ def fill_alike(
     Returns:
         What was taken and what was not, a line each.
     """
-    theirs: Any = teacher.block(source)
-    own: Any = student.block(index)
-    if type(theirs) is not type(own):
-        return ["not taken: blocks, since the student's are of another kind and name no parts"]
-    normed_after = any(hasattr(theirs, name) for name in POST_NORMS)
-    if normed_after or not getattr(theirs, "do_layer_norm_before", True):
-        return ["not taken: blocks, whose layout is not known here"]
-    pair = _Pair(teacher, student, theirs, own, basis)
+    theirs, own = _Layout(teacher, source), _Layout(student, index)
+    if not is_same_class(theirs.block, own.block):
+        return [_OTHER_KIND]
+    alike = theirs.mlp_names == own.mlp_names and theirs.is_fused == own.is_fused
+    if not (theirs.is_known and own.is_known and alike and adds_to_its_input(student, index)):
+        return [_UNKNOWN]
+    pair = _Pair(theirs, own, basis)
     return [*pair.fill_attention(), *pair.fill_mlp()]
 
 
 @dataclass(frozen=True, eq=False)
-class _Pair:
-    """Two blocks of one class."""
+class _Layout:
+    """What is known of one block of a family."""
 
-    teacher: BlockStack
-    student: BlockStack
-    theirs: Any
-    own: Any
+    stack: BlockStack
+    index: int
+
+    @property
+    def block(self) -> Any:
+        """The block."""
+        return self.stack.block(self.index)
+
+    @property
+    def attention(self) -> Any:
+        """Its attention; None if there is none by a known name."""
+        return first_part(self.block, ATTENTION)
+
+    @property
+    def mlp(self) -> Any:
+        """What holds the maps of its MLP: the block itself in some families."""
+        return getattr(self.block, "mlp", self.block)
+
+    @property
+    def mlp_names(self) -> tuple[str, ...] | None:
+        """The maps of the MLP: those that read the stream, then the one that writes to it."""
+        gated = ("gate_proj", "up_proj", "down_proj")
+        known = (gated, *UP_DOWN)
+        return next((n for n in known if all(hasattr(self.mlp, name) for name in n)), None)
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether queries, keys and values are one matrix."""
+        return self.attention is not None and fused_name(self.attention) is not None
+
+    @property
+    def sizes(self) -> tuple[int, int] | None:
+        """Heads, and groups of them that share keys and values; None if blocks differ in them."""
+        config = _config(self.stack)
+        try:
+            heads = config.num_attention_heads
+        except Exception:  # each of its blocks has a number of its own (dots3_note)
+            return None
+        groups = getattr(config, "num_key_value_heads", None) or heads
+        if not isinstance(heads, int) or not isinstance(groups, int):
+            return None
+        return heads, heads if self.is_fused else groups
+
+    @cached_property
+    def maps(self) -> list[LinearMap] | None:
+        """Queries, keys and values."""
+        parts = [getattr(self.attention, name, None) for name in self._map_names]
+        if self.sizes is None or not all(hasattr(part, "weight") for part in parts):
+            return None
+        return attention_maps(self.attention, self.sizes[0])
+
+    @property
+    def _map_names(self) -> tuple[str, ...]:
+        fused = fused_name(self.attention)
+        return (fused,) if fused else _SEPARATE
+
+    @property
+    def width(self) -> int:
+        """Of a head."""
+        assert self.maps is not None
+        assert self.sizes is not None
+        return len(self.maps[0].weight) // self.sizes[0]
+
+    @property
+    def is_known(self) -> bool:
+        """Whether nothing in the block is unaccounted for, and all shapes are as expected."""
+        norms = [first_part(self.block, names) for names in (ATTENTION_NORM, MLP_NORM)]
+        out = first_part(self.attention, OUT)
+        names, maps = self.mlp_names, self.maps
+        written = [*norms, out, *(getattr(self.mlp, name) for name in names or ())]
+        have_weights = all(getattr(part, "weight", None) is not None for part in written)
+        if names is None or maps is None or self.sizes is None or not have_weights:
+            return False
+        if not getattr(self.block, "do_layer_norm_before", True) or norms[0] is norms[1]:
+            return False
+        heads, groups = self.sizes
+        rows = [heads * self.width, groups * self.width, groups * self.width]
+        extra = [getattr(self.attention, n) for n in _QUERY_KEY_NORMS if hasattr(self.attention, n)]
+        inner = [getattr(self.attention, name) for name in self._map_names]
+        known = [*norms, out, *inner, *extra, *(getattr(self.mlp, name) for name in names)]
+        held = {id(parameter) for part in known for parameter in part.parameters()}
+        return (
+            [len(linear.weight) for linear in maps] == rows
+            and linear_map(out).weight.shape[1] == rows[0]
+            and all([p.shape for p in part.parameters()] == [(self.width,)] for part in extra)
+            and held == {id(parameter) for parameter in self.block.parameters()}
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Pair:
+    """A block of the teacher and one of the student, both understood."""
+
+    theirs: _Layout
+    own: _Layout
     basis: SharedBasis
 
     def fill_attention(self) -> list[str]:
         """Take the loudest heads, in their groups."""
-        theirs, own = (first_part(block, ATTENTION) for block in (self.theirs, self.own))
-        (heads, groups), (own_heads, own_groups) = map(_heads, (self.teacher, self.student))
-        maps, own_maps = attention_maps(theirs, heads), attention_maps(own, own_heads)
-        out, norm = first_part(theirs, OUT), self._norm(ATTENTION_NORM)
-        if maps is None or own_maps is None or out is None or norm is None:
-            return ["not taken: attention, whose layout is not known here"]
-        width = len(maps[0].weight) // heads
-        if width != len(own_maps[0].weight) // own_heads:
+        theirs, own = self.theirs, self.own
+        assert theirs.maps is not None
+        assert theirs.sizes is not None
+        assert own.sizes is not None
+        maps, width = list(theirs.maps), theirs.width
+        (heads, groups), (own_heads, own_groups) = theirs.sizes, own.sizes
+        if width != own.width:
             return [f"not taken: attention, whose heads are {width} wide in the teacher"]
         if own_heads == own_groups:
             maps[1:] = [repeated(shared, heads, width) for shared in maps[1:]]
             groups = heads
         if own_groups > groups or own_heads // own_groups > heads // groups:
             return ["not taken: attention, of which the student has more heads"]
-        written = self._written(out)
+        norm = read_norm(first_part(theirs.block, ATTENTION_NORM), _config(theirs.stack))
+        assert norm is not None
+        written = self._written(first_part(theirs.attention, OUT))
         sizes = (heads, groups), (own_heads, own_groups)
         chosen = _loudest_groups(maps[2].after(norm), written, *sizes)
         shared = chosen[:, 0] // (heads // groups)
@@ -163,22 +289,24 @@ class _Pair:
         ]
         columns = written.weight[:, _rows(chosen.flatten(), width)]
         writing = self.basis.writing(LinearMap(columns, written.bias))
-        dropped = _set_maps(own, kept, own_heads) | set_linear(first_part(own, OUT), writing)
-        self._make_plain(ATTENTION_NORM)
-        for name in ("q_norm", "k_norm"):
-            if hasattr(own, name):
-                getattr(own, name).load_state_dict(getattr(theirs, name).state_dict())
+        dropped = _set_maps(own.attention, kept, own_heads)
+        dropped |= set_linear(first_part(own.attention, OUT), writing)
+        make_plain(first_part(own.block, ATTENTION_NORM))
+        for name in _QUERY_KEY_NORMS:
+            if hasattr(own.attention, name):
+                source = getattr(theirs.attention, name)
+                getattr(own.attention, name).weight.copy_(source.weight)
         return [f"attention of {own_heads} heads", *_dropped(dropped)]
 
     def fill_mlp(self) -> list[str]:
         """Take the loudest neurons, gated ones or not."""
-        theirs, own = (getattr(block, "mlp", block) for block in (self.theirs, self.own))
-        norm, names = self._norm(MLP_NORM), _mlp_names(theirs)
-        if norm is None or names is None:
-            return ["not taken: MLP, whose layout is not known here"]
+        theirs, own, names = self.theirs, self.own.mlp, self.theirs.mlp_names
+        assert names is not None
+        norm = read_norm(first_part(theirs.block, MLP_NORM), _config(theirs.stack))
+        assert norm is not None
         *reading, last = names
-        inputs = [linear_map(getattr(theirs, name)).after(norm) for name in reading]
-        down = self._written(getattr(theirs, last))
+        inputs = [linear_map(getattr(theirs.mlp, name)).after(norm) for name in reading]
+        down = self._written(getattr(theirs.mlp, last))
         neurons = len(inputs[0].weight)
         kept = min(neurons, len(linear_map(getattr(own, reading[0])).weight))
         loudness = down.weight.norm(dim=0)
@@ -189,32 +317,20 @@ class _Pair:
         dropped = set_linear(getattr(own, last), writing)
         for name, linear in zip(reading, inputs, strict=True):
             dropped |= set_linear(getattr(own, name), self.basis.reading(linear.rows(chosen)))
-        self._make_plain(MLP_NORM)
+        make_plain(first_part(self.own.block, MLP_NORM))
         return [f"MLP, {kept} of {neurons} neurons", *_dropped(dropped)]
-
-    def _norm(self, names: tuple[str, ...]) -> Norm | None:
-        return read_norm(first_part(self.theirs, names), _config(self.teacher))
-
-    def _make_plain(self, names: tuple[str, ...]) -> None:
-        make_plain(first_part(self.own, names))
 
     def _written(self, module: Any) -> LinearMap:
         """A map to the stream, for a student that multiplies by its own factor (Granite)."""
         theirs, own = (
-            float(getattr(block, "residual_multiplier", 1.0)) for block in (self.theirs, self.own)
+            float(getattr(each.block, "residual_multiplier", 1.0))
+            for each in (self.theirs, self.own)
         )
         return linear_map(module).times(theirs / own)
 
 
 def _config(stack: BlockStack) -> Any:
     return stack.model.config.get_text_config()
-
-
-def _heads(stack: BlockStack) -> tuple[int, int]:
-    """Heads, and groups of them that share keys and values."""
-    config = _config(stack)
-    heads = int(config.num_attention_heads)
-    return heads, int(getattr(config, "num_key_value_heads", None) or heads)
 
 
 def _loudest_groups(
@@ -241,7 +357,7 @@ def _set_maps(own: Any, maps: Sequence[LinearMap], heads: int) -> bool:
     """Set queries, keys and values, in one matrix or in three; return as ``set_linear``."""
     name = fused_name(own)
     if name is None:
-        named = zip(("q_proj", "k_proj", "v_proj"), maps, strict=True)
+        named = zip(_SEPARATE, maps, strict=True)
         dropped = [set_linear(getattr(own, part), linear) for part, linear in named]
         return any(dropped)
     weight, bias = (
@@ -251,12 +367,5 @@ def _set_maps(own: Any, maps: Sequence[LinearMap], heads: int) -> bool:
     return set_linear(getattr(own, name), LinearMap(weight[back], bias[back]))
 
 
-def _mlp_names(mlp: Any) -> tuple[str, ...] | None:
-    """The maps of an MLP: those that read the stream, then the one that writes to it."""
-    if hasattr(mlp, "gate_proj"):
-        return "gate_proj", "up_proj", "down_proj"
-    return next((pair for pair in UP_DOWN if all(hasattr(mlp, name) for name in pair)), None)
-
-
-def _dropped(dropped: bool) -> list[str]:
+def _dropped(dropped: bool) -> Iterable[str]:
     return ["not taken: biases, which the student's maps do not have"] if dropped else []

@@ -45,7 +45,7 @@ def check_structure(stack: BlockStack) -> None:
             f" {list(state.shape)}; looked for [batch, seq, d_model], here {list(expected)}.",
             "Such a model cannot be distilled: it needs one stream of the model's own width.",
         )
-    if alone > _MOST_ERROR_ALONE:
+    if alone > (1e-3 if state.dtype == torch.float32 else _MOST_ERROR_ALONE):
         raise InputError(
             f"A block of {type(stack.model).__name__} that is given the state before it returns"
             f" another one than in the whole model (by {alone:.1%}): its blocks pass on more.",
@@ -54,15 +54,23 @@ def check_structure(stack: BlockStack) -> None:
 
 
 def _error_of_a_block_alone(stack: BlockStack) -> float:
-    """How far block 1 is off when it runs alone, as a share of the largest value."""
-    if stack.num_blocks < 2:
-        return 0.0
+    """How far the second block and the last are off when they run alone, as a share of the largest.
+
+    A block that fails alone is off by all.
+    """
     length = min(_PROBED, stack.context_length or _PROBED)
     ids = torch.arange(1, length + 1, device=stack.device)[None] % stack.vocab_size
-    _, entering, expected = stack.block_states(ids, stop_after=1)
-    alone = stack.advance(1, entering, ids)
-    largest = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
-    return float((alone - expected).abs().max() / largest)
+    states = stack.block_states(ids)
+    worst = 0.0
+    for index in {min(1, stack.num_blocks - 1), stack.num_blocks - 1}:
+        expected = states[index + 1]
+        try:
+            alone = stack.advance(index, states[index], ids)
+        except Exception:  # it asks for what another block left: each family fails in its own way
+            return 1.0
+        largest = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
+        worst = max(worst, float((alone - expected).abs().max() / largest))
+    return worst
 
 
 def check_widths(teacher: BlockStack, student: BlockStack, *, stitched: bool) -> None:

@@ -8,7 +8,7 @@ subcloning (Samragh et al. 2023, arXiv:2312.09299).
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -21,21 +21,29 @@ from cleangpt.errors import UsageError
 from cleangpt.heads import head_is_tied
 from cleangpt.runtime.module_state import preserved_modes
 from cleangpt.runtime.placement import whole_weights
-from distillation.family_init import can_copy_layers, copy_layers, fill_alike
+from distillation.family_init import (
+    NOT_TAKEN,
+    can_copy_layers,
+    copy_layers,
+    fill_alike,
+    other_kinds,
+)
 from distillation.head_init import can_copy_head, copy_head
 from distillation.shared_basis import SharedBasis, make_plain, set_linear
+from distillation.silent_blocks import silence_copies
 from distillation.teacher_weights import (
     AttentionWeights,
     BlockWeights,
     LinearMap,
     MLPWeights,
     read_block,
-    writing_parts,
 )
 
 _TOKENS_AT_ONCE = 4096
 _PROBE = (4, 64)
 _SAME = 1e-6
+_ROUNDED = 0.02
+"""What half precision may lose where a plain multiplier is looked for."""
 
 
 @torch.no_grad()
@@ -77,9 +85,9 @@ def init_from_teacher(
                 f" {student.hidden_size} and {teacher.hidden_size}.",
                 "Choose --init_from_teacher pca, or give the student the teacher's width.",
             )
-        if can_copy_layers(teacher, student):
+        if can_copy_layers(teacher, student, sources):
             lines = copy_layers(teacher, student, sources)
-            return lines + _silence_copies(student, sources)
+            return lines + _after_blocks(teacher, student, sources)
         basis = torch.eye(teacher.hidden_size)
         if how != "layers":
             lines.append("the widths are equal, so whole layers are copied")
@@ -106,39 +114,20 @@ def _fill_blocks(
                 filled = fill_alike(teacher, student, source, index, basis)
             else:
                 filled = _fill_block(read_block(teacher, source), parts, basis, sizes[source])
-        for said in filled:
+        for said in dict.fromkeys(filled):
             taken.setdefault(said, []).append(index)
-    lines += _silence_copies(student, sources)
-    return lines + [
-        f"{said} ({_blocks(where, student.num_blocks)})" for said, where in taken.items()
-    ]
+    lines += [f"{said} ({_blocks(where, student.num_blocks)})" for said, where in taken.items()]
+    as_built = {index for said in NOT_TAKEN for index in taken.get(said, ())}
+    return lines + _after_blocks(teacher, student, sources, as_built)
 
 
-def _silence_copies(student: BlockStack, sources: Sequence[int]) -> list[str]:
-    """Let a second copy of a block add nothing; its outputs learn at once, the rest after them.
-
-    The built-in teacher in twice as many blocks, at equal width, is then itself; it is 0.26 nats
-    off where both copies write half, and 0.39 where both write all.
-    """
-    silenced = []
-    for index in range(1, student.num_blocks):
-        writers = _writers(student.block(index)) if sources[index] == sources[index - 1] else []
-        for linear in writers:
-            linear.weight.zero_()
-            if linear.bias is not None:
-                linear.bias.zero_()
-        silenced += [index] * bool(writers)
-    where = _blocks(silenced, student.num_blocks)
-    said = f"a copy of the block before, which writes nothing at first ({where})"
-    return [said] if silenced else []
-
-
-def _writers(block: Any) -> list[Any]:
-    """The maps of a block that write to the stream."""
-    if not hasattr(block, "parts"):
-        return writing_parts(block)
-    parts = block.parts()
-    return [linear for linear in (parts.out, parts.mlp.down) if linear is not None]
+def _after_blocks(
+    teacher: BlockStack, student: BlockStack, sources: Sequence[int], as_built: Collection[int] = ()
+) -> list[str]:
+    """Silence copies, and name blocks that look elsewhere than their sources."""
+    done = silence_copies(student, sources, as_built)
+    lines = [f"{said} ({_blocks(where, student.num_blocks)})" for said, where in done.items()]
+    return lines + other_kinds(teacher, student, sources)
 
 
 def first_of_groups(layer_map: Sequence[int]) -> list[int]:
@@ -165,6 +154,8 @@ def first_of_groups(layer_map: Sequence[int]) -> list[int]:
 def _embeddings(teacher: BlockStack, student: BlockStack, basis: SharedBasis) -> list[str]:
     """Take what the teacher feeds its first block, multipliers and embedding norms included."""
     table: Any = student.model.get_input_embeddings()
+    if table.weight.shape[1] != basis.columns.shape[1]:
+        return ["not taken: embeddings, which are of another width than the states"]
     rows = min(len(table.weight), len(teacher.model.get_input_embeddings().weight))
     tokens, positions = _entering(teacher, rows, student.context_length)
     factor = _multiplier(student, table.weight)
@@ -192,7 +183,7 @@ def _multiplier(student: BlockStack, table: Tensor) -> float:
         first, second = student.hidden(student.embed(ids))[:, 0].float()
     seen, held = first - second, (table[0] - table[1]).float()
     factor = float(seen @ held / held.square().sum())
-    is_all = (seen - factor * held).norm() <= _SAME**0.5 * seen.norm()
+    is_all = (seen - factor * held).norm() <= _ROUNDED * seen.norm()
     return factor if is_all and factor else 1.0
 
 

@@ -157,7 +157,7 @@ def prepare(
     with torch.device("meta") if arguments.plan else contextlib.nullcontext():
         student = build_student(arguments, teacher, find_class)
     loader = build_dataloader(arguments, source, teacher, student, ranks)
-    settle_layer_map(arguments, teacher, student, loader, ranks)
+    settle_layer_map(arguments, teacher, student, loader, ranks, device)
     held_out = None
     if arguments.plan:
         arguments.early_stop_patience = 0  # it would ask for held-out text, which is not read here

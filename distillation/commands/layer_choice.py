@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from distillation.layer_map import MEASURED, measured_layer_map
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from cleangpt.runtime.ranks import Ranks
@@ -21,6 +22,7 @@ def settle_layer_map(
     student: "nn.Module",
     loader: Any,
     ranks: "Ranks",
+    device: "torch.device",
 ) -> None:
     """Put the map that is found in the place of ``measured``; a plan has a uniform one.
 
@@ -32,6 +34,7 @@ def settle_layer_map(
         student: For its number of blocks.
         loader: The training batches.
         ranks: The processes of the run, which must agree.
+        device: Where the run trains, and this is measured.
     """
     if arguments.layer_map != MEASURED:
         return
@@ -41,12 +44,14 @@ def settle_layer_map(
 
     from cleangpt.blocks import BlockStack
     from cleangpt.run_directory import RunDirectory
+    from cleangpt.runtime.placement import to_device
     from distillation.block_costs import block_costs
 
     known = RunDirectory(arguments.output_dir).manifest() if arguments.resume else None
     if known and known.get("layer_map"):
         arguments.layer_map = known["layer_map"]
         return
+    to_device(teacher.model, device)
     costs = ranks.from_main(block_costs(BlockStack(teacher.model), loader))
     blocks = BlockStack(student).num_blocks
     arguments.layer_map = list(measured_layer_map(costs, blocks))

@@ -151,7 +151,7 @@ def _evaluate(
         teacher.tokenizer,
         source.texts,
         stitches=student.stitches,
-        layer_map=student.layer_map,
+        layer_map=_fitting_map(student, teacher),
         baselines={name: loaded.model for name, loaded in zip(names[1:], baselines, strict=True)},
         settings=settings,
         student_name=names[0],
@@ -170,6 +170,15 @@ def _evaluate(
         seen = f"The student was trained on {share:.0%} of {text}: its figures say little;"
         result["notes"].insert(0, f"{seen} evaluate on another split.")
     return result
+
+
+def _fitting_map(student: "LoadedModel", teacher: "Teacher") -> tuple[int, ...] | None:
+    """The map of the student's run, unless this teacher has fewer blocks than that one."""
+    from cleangpt.blocks import BlockStack
+
+    blocks = BlockStack(teacher.model).num_blocks
+    known = student.layer_map
+    return known if known is None or max(known) < blocks else None
 
 
 def build_parser() -> CommandParser:

@@ -375,7 +375,7 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
 
     def _write_row(self, stage: BlockStage, result: StageResult) -> dict[str, Any]:
         row = block_row(stage, result)
-        if not self.shares_basis:  # it learnt where it stands in the chain
+        if self.config.freeze_previous_blocks and not self.shares_basis:  # it learnt in the chain
             row["chained_error"] = row["relative_error"]
         self.run.metrics.write("block", **row)
         self.run.add_stage(row)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.families import tiny_model
 from cleangpt.blocks import BlockStack
 from distillation.layer_map import uniform_layer_map
 from distillation.teacher_init import first_of_groups, init_from_teacher
@@ -38,7 +39,7 @@ def rotation() -> Tensor:
 
 @torch.no_grad()
 def logits(model: Any) -> Tensor:
-    return model.eval()(IDS).logits
+    return BlockStack(model.eval()).logits(IDS)
 
 
 @torch.no_grad()
@@ -68,6 +69,38 @@ def test_an_untied_head_and_other_numbers_of_rows_are_copied_too() -> None:
     assert torch.equal(student.lm_head.weight[VOCAB:], own)
 
 
+def test_a_tied_head_stays_the_embeddings() -> None:
+    teacher = noisy_teacher("llama", tie_word_embeddings=False)
+    student = like(teacher, tie_word_embeddings=True)
+    lines = started(teacher, student)
+    assert torch.equal(student.model.embed_tokens.weight, teacher.model.embed_tokens.weight)
+    assert student.lm_head.weight is student.model.embed_tokens.weight
+    assert "not taken: the head, which is tied to the embeddings in the student" in lines
+
+
+@pytest.mark.parametrize("family", ["glm4_moe", "jamba", "gemma4_text", "lfm2_moe"])
+def test_blocks_unlike_each_other_are_copied_too(family: str) -> None:
+    teacher, student = tiny_model(family), tiny_model(family)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.1)
+    lines = started(teacher, student)
+    assert "whole layers are copied" in lines[0]
+    assert torch.equal(logits(student), logits(teacher))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gptj", "mpt"])
+def test_copies_that_cannot_be_silent_are_said_to_write_again(family: str) -> None:
+    teacher = tiny_model(family)
+    depth = BlockStack(teacher).num_blocks
+    name = "n_layers" if family == "mpt" else "n_layer" if family == "gptj" else "num_hidden_layers"
+    student = like(teacher, **{name: 2 * depth})
+    stacks = BlockStack(teacher), BlockStack(student)
+    lines = init_from_teacher(*stacks, uniform_layer_map(2 * depth, depth), "layers", None)
+    assert any("writes the same again (blocks 1, 3, 5)" in line for line in lines)
+    assert not any("writes nothing" in line for line in lines)
+
+
 def test_a_shallower_one_starts_as_the_first_blocks_of_its_groups() -> None:
     teacher = noisy_teacher("llama")
     student = like(teacher, num_hidden_layers=2)
@@ -76,6 +109,7 @@ def test_a_shallower_one_starts_as_the_first_blocks_of_its_groups() -> None:
     assert f"weights of the teacher's blocks {sources[0]}, {sources[1]}" in lines
     without = copy.deepcopy(teacher)
     without.model.layers = without.model.layers[sources[0] : sources[1] + 1 : sources[1]]
+    without.config.num_hidden_layers = 2
     assert torch.equal(logits(student), logits(without))
 
 
@@ -159,10 +193,31 @@ def test_heads_that_do_not_fit_are_named(changes: dict[str, int], said: str) -> 
     assert "MLP, 64 of 64 neurons (all blocks)" in lines
 
 
-def test_a_layout_that_is_not_known_is_named() -> None:
-    teacher = noisy_teacher("gemma3")
-    lines = started(teacher, like(teacher), rotation())
+@pytest.mark.parametrize("family", ["gemma3_text", "olmo", "qwen2_moe", "gpt_oss", "openai-gpt"])
+def test_a_layout_that_is_not_known_is_named_and_left_alone(family: str) -> None:
+    """Norms behind the parts or without gains, experts, sinks."""
+    teacher, student = tiny_model(family), tiny_model(family)
+    before = [p.clone() for p in BlockStack(student).block(0).parameters()]
+    width = BlockStack(teacher).hidden_size
+    lines = started(teacher, student, torch.eye(width).flip(0))
     assert "not taken: blocks, whose layout is not known here (all blocks)" in lines
+    after = BlockStack(student).block(0).parameters()
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+def test_embeddings_of_another_width_than_the_states_are_named() -> None:
+    teacher = tiny_teacher("opt", word_embed_proj_dim=16)
+    lines = started(teacher, like(teacher), rotation())
+    assert "not taken: embeddings, which are of another width than the states" in lines
+
+
+def test_half_precision_does_not_hide_a_multiplier() -> None:
+    teacher, student = noisy_teacher("llama"), noisy_teacher("gemma").bfloat16()
+    started(teacher, student, rotation())
+    with torch.no_grad():
+        wanted = BlockStack(teacher).embed(IDS) @ rotation()
+        own = BlockStack(student).embed(IDS).float()
+    assert (own - wanted).abs().max() < 0.02 * wanted.abs().max()
 
 
 # Another architecture -----------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from cleangpt.errors import InputError
 from distillation.block_costs import block_costs
 from distillation.layer_map import measured_layer_map, uniform_layer_map
 from distillation.teacher_init import first_of_groups
-from tests.builders import BLOCKS, batches, padded, tiny_teacher
+from tests.builders import batches, padded, tiny_teacher
 from tests.saved_teachers import build, save
 
 
@@ -46,8 +46,10 @@ def test_padding_and_further_batches_do_not_count() -> None:
     assert block_costs(stack, [padded(data[0], 3)]) == pytest.approx(alone, rel=1e-4)
     assert block_costs(stack, data, max_tokens=48) == alone
     assert block_costs(stack, data, max_tokens=49) != alone
+    empty = {**data[0], "attention_mask": torch.zeros_like(data[0]["attention_mask"])}
+    assert block_costs(stack, [empty, data[0]]) == alone
     with pytest.raises(InputError, match="no valid position"):
-        block_costs(stack, [])
+        block_costs(stack, [empty])
 
 
 def test_a_block_that_does_nothing_is_left_out() -> None:
@@ -76,7 +78,9 @@ def test_a_map_begins_its_groups_with_the_dearest_blocks() -> None:
     assert starts == [[0], [0, 3], [0, 1, 3]]
 
 
-def test_the_command_measures_once_and_goes_on_with_what_it_found(tmp_path: Path) -> None:
+def test_the_command_measures_once_and_goes_on_with_what_it_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from distillation.commands.distil import distil
     from distillation.commands.settings import parse_arguments
 
@@ -89,12 +93,14 @@ def test_the_command_measures_once_and_goes_on_with_what_it_found(tmp_path: Path
     flags += ["--block_size", "16", "--student_n_layer", "2", "--student_n_embd", "16"]
     flags += ["--layer_map", "measured", "--device", "cpu", "--epochs_per_block", "1"]
     flags += ["--output_dir", str(tmp_path / "run")]
-    distil(parse_arguments(flags))
+    found = iter([(0.9, 0.1, 0.5), (0.9, 0.5, 0.1)])
+    monkeypatch.setattr("distillation.block_costs.block_costs", lambda *_: next(found))
+    distil(parse_arguments([*flags, "--checkpoint_steps", "1"]))
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
-    assert manifest["layer_map"] in ([0, 2], [1, 2])
-    assert len(manifest["layer_map"]) == BLOCKS - 1
-    results, _ = distil(parse_arguments([*flags, "--resume"]))
-    assert [row["teacher_block"] for row in results["blocks"]] == manifest["layer_map"]
+    assert manifest["layer_map"] == [1, 2]
+    results, _ = distil(parse_arguments([*flags, "--checkpoint_steps", "1", "--resume"]))
+    assert [row["teacher_block"] for row in results["blocks"]] == [1, 2]
+    assert next(found) == (0.9, 0.5, 0.1)  # not measured again
 
 
 def test_a_plan_has_a_uniform_map(capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,3 +108,6 @@ def test_a_plan_has_a_uniform_map(capsys: pytest.CaptureFixture[str]) -> None:
 
     main(["--plan", "--layer_map", "measured", "--student_n_layer", "2"])
     assert "block-01" in capsys.readouterr().out
+    flags = ["--plan_device", "h100", "--teacher_config", "llama-3-8b", "--plan_tokens", "1e6"]
+    main(["--plan", *flags, "--layer_map", "measured", "--student_n_layer", "2"])
+    assert "device hours" in capsys.readouterr().out

@@ -232,3 +232,23 @@ def test_blocks_that_learn_apart_cannot_share_a_teacher(
             schedule="decoupled",
             block_inputs="teacher",
         )
+
+
+@pytest.mark.usefixtures("_one_process")
+@pytest.mark.parametrize("narrower", [False, True])
+def test_a_student_of_a_spread_teachers_family_inherits_the_same(narrower: bool) -> None:
+    """FSDP2 gives its blocks a class of their own and shards in place of tensors."""
+    from distillation.teacher_init import init_from_teacher
+
+    basis = torch.eye(32)[:, :16] if narrower else None
+    changes = {"hidden_size": 16, "head_dim": 8} if narrower else {}
+    found = []
+    for is_spread in (False, True):
+        teacher, student = tiny_teacher("llama"), tiny_teacher("llama", seed=8, **changes)
+        if is_spread:
+            ShardedBlocks(BlockStack(teacher), Ranks(), CPU)
+        stacks = BlockStack(teacher), BlockStack(student)
+        lines = init_from_teacher(*stacks, range(3), "pca", basis)
+        found.append((lines, tensors_fingerprint(student.state_dict().items())))
+    assert found[0] == found[1]
+    assert not any(line.startswith("not taken: blocks") for line in found[0][0])
