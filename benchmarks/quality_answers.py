@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.quality_plan import BUDGETS, HEAD_SHARES, KINDS, WIDTHS
+from benchmarks.quality_plan import BUDGETS, HEAD_SHARES, KINDS, REAL_KIND, WIDTHS
 from benchmarks.quality_statistics import Contrast, contrast, estimate
 from benchmarks.quality_tables import TABLES
 from benchmarks.report import table_line
@@ -53,12 +53,13 @@ def reading(found: Contrast) -> str:
 def progress(records: Sequence[Record]) -> str:
     """How much of the plan is done."""
     done = {record["key"] for record in records}
-    lines = [table_line(["table", "budget", *KINDS]), table_line(["---"] * (2 + len(KINDS)))]
+    kinds = (*KINDS, REAL_KIND)
+    lines = [table_line(["table", "budget", *kinds]), table_line(["---"] * (2 + len(kinds)))]
     for name, runs in TABLES.items():
         planned = list(runs())
         for budget in dict.fromkeys(run.budget for run in planned):
             cells = []
-            for kind in KINDS:
+            for kind in kinds:
                 keys = {run.key for run in planned if (run.kind, run.budget) == (kind, budget)}
                 cells.append(f"{len(keys & done)} of {len(keys)}")
             lines.append(table_line([name, budget, *cells]))

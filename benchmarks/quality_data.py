@@ -12,6 +12,8 @@ from cleangpt.teacher import load_teacher
 
 ALL_BUDGETS = {**BUDGETS, **SHORTENED, **REAL_BUDGETS}
 REAL_TEST_WINDOWS = 96
+REAL_BATCH = 4
+"""Windows: twice the steps of 8 for the same operations."""
 HELD_OUT_WINDOWS = 64
 PROMPTS = ("The history of the city began", "She opened the door and", "To make bread, you need")
 NEW_TOKENS = 40
@@ -34,12 +36,13 @@ def perform(run: Run, split: str, other_text: Path | None = None) -> dict[str, A
     record = run_arm(
         run.arm,
         teacher=teacher_named(run.teacher).model,
-        windows=windows_of(run.teacher, "builtin", "train")[: run.windows],
+        windows=windows_of(run.teacher, "builtin", "train"),
         judges=[judge_of(run.teacher, "builtin", split), *measures],
         kind=run.kind,
         shape=run.shape,
         budget=ALL_BUDGETS[run.budget],
         seed=run.seed,
+        batch_size=8 if run.teacher == "builtin" else REAL_BATCH,
         held_out=windows_of(run.teacher, "builtin", "validation")[:HELD_OUT_WINDOWS],
     )
     return record | {"budget_name": run.budget, "teacher": run.teacher}

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.quality_students import built
 from cleangpt.blocks import BlockStack
-from config_distillation import GPTConfig
 from distillation import DistillationTrainer
 from distillation.batch import Batch
 from distillation.evaluation.speed import measure_speed
@@ -30,7 +30,6 @@ from distillation.logit_stages import PolishStage
 from distillation.losses.divergence import tempered_kl
 from distillation.plan import block_flops
 from distillation.trainers import PolishDistillationTrainer
-from model import build_student
 
 logger = logging.getLogger(__name__)
 
@@ -241,7 +240,7 @@ def run_arm(
     student, and adds what it returns.
     """
     torch.manual_seed(seed)
-    student: Any = build_student(GPTConfig(model_type=kind, dropout=0.0, **shape))
+    student = built(kind, shape, teacher)
     costs = Costs(BlockStack(teacher), BlockStack(student), windows.shape[1])
     steps = share_out(arm, costs, budget, windows.numel(), batch_size * windows.shape[1])
     started_at = time.perf_counter()

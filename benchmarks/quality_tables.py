@@ -10,9 +10,8 @@ from typing import Any, Final
 from benchmarks.quality_plan import (
     INHERITED_BLOCKS,
     KINDS,
+    REAL_KIND,
     REAL_SHAPES,
-    REAL_VOCABULARY,
-    SEQ_LEN,
     TUNING_SEED,
     Run,
     arms,
@@ -21,6 +20,7 @@ from benchmarks.quality_plan import (
     heads_table,
     inputs_table,
     polishes_table,
+    real_arms,
     self_table,
     sizes_table,
     smollm2_table,
@@ -75,34 +75,27 @@ HEAD_RATES: Final = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 """Of a head phase of 20 %, for Vanilla; 1e-3 is within 0.004 nats of the best for either start."""
 
 
-REAL_TRIALS: Final[list[tuple[str, float, float, int | None]]] = [
-    ("A3", 5e-4, 0.0, 256),
-    ("A3", 1e-3, 0.0, 256),
-    ("A3", 2e-3, 0.0, 256),
-    ("A3", 1e-3, 0.0, None),
-    ("A5", 1e-3, 1.5e-3, 256),
-    ("A5", 2e-3, 1.5e-3, 256),
-    ("A1", 1e-3, 0.0, 256),
-    ("A1", 2e-3, 0.0, 256),
-    ("A0", 1e-3, 0.0, None),
-    ("A0", 2e-3, 0.0, None),
+REAL_TRIALS: Final[list[tuple[str, float, float]]] = [
+    ("A3", 2e-4, 0.0),
+    ("A3", 5e-4, 0.0),
+    ("A3", 1e-3, 0.0),
+    ("A5", 5e-4, 5e-4),
+    ("A5", 1e-3, 5e-4),
+    ("A1", 1e-3, 0.0),
+    ("A1", 2e-3, 0.0),
 ]
-"""For the real teacher's smaller students: arm, rates of polish and of blocks, windows."""
+"""For the real teacher's larger students: arm, rates of polish and of blocks."""
 
 
 def real_trials() -> Iterator[Run]:
     """What was tried for students of the real teacher."""
-    shape = {"block_size": SEQ_LEN, "vocab_size": REAL_VOCABULARY, **REAL_SHAPES["quarter"]}
-    for name, polish, blocks, count in REAL_TRIALS:
-        arm = arms()[name]
+    for name, polish, blocks in REAL_TRIALS:
+        arm = real_arms("half")[name]
         rates = {"polish_lr": polish, "lr_per_block": blocks} if blocks else {"polish_lr": polish}
         shown = " ".join(f"{key} {value:g}" for key, value in rates.items())
-        tried = replace(
-            arm,
-            name=f"{name} real {shown} {count or 'all'} windows",
-            training={**arm.training, **rates},
-        )
-        yield Run(tried, "Vanilla", "half of real", TUNING_SEED, shape, "smollm2", count)
+        tried = replace(arm, name=f"{name} {shown}", training={**arm.training, **rates})
+        shape = dict(REAL_SHAPES["half"])
+        yield Run(tried, REAL_KIND, "half of real", TUNING_SEED, shape, "smollm2")
 
 
 def more_trials() -> Iterator[Arm]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.quality import RESULTS
 from benchmarks.quality_answers import goals_table, reading
@@ -16,8 +17,9 @@ from benchmarks.quality_choices import real_page, sizes_page
 from benchmarks.quality_data import ALL_BUDGETS
 from benchmarks.quality_plan import (
     BUDGETS,
+    REAL_KIND,
+    REAL_MAPS,
     REAL_SHAPES,
-    REAL_VOCABULARY,
     SHORTENED,
     Run,
     arms,
@@ -34,12 +36,21 @@ from benchmarks.quality_runs import (
     stage_loaders,
 )
 from benchmarks.quality_statistics import contrast, estimate, holm, over_text
+from benchmarks.quality_students import built
 from benchmarks.quality_tables import TABLES
 from cleangpt.blocks import BlockStack
-from config_distillation import GPTConfig
-from model import build_student
 from tests.builders import VOCAB, tiny_student, tiny_teacher
 
+SMOLLM2 = LlamaConfig(
+    vocab_size=49_152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    head_dim=64,
+    tie_word_embeddings=True,
+)
 SHAPE = {"block_size": 16, "vocab_size": VOCAB, "n_layer": 2, "n_head": 2, "n_embd": 16}
 
 
@@ -166,13 +177,16 @@ def test_runs_have_names_of_their_own() -> None:
 
 def test_students_of_the_real_teacher_have_about_its_half_and_quarter() -> None:
     sizes = {}
-    for name, shape in REAL_SHAPES.items():
-        with torch.device("meta"):
-            config = GPTConfig(128, REAL_VOCABULARY, model_type="Vanilla", **shape)
-            student = build_student(config)
-        untied = student.lm_head.weight.numel()  # it ends with a head of its own
-        sizes[name] = (sum(p.numel() for p in student.parameters()) + untied) / 134.5e6
+    with torch.device("meta"):
+        teacher = LlamaForCausalLM(SMOLLM2)
+        for name, shape in REAL_SHAPES.items():
+            student = built(REAL_KIND, shape, teacher)
+            share = sum(p.numel() for p in student.parameters())
+            sizes[name] = share / sum(p.numel() for p in teacher.parameters())
+            assert len(REAL_MAPS[name]) == student.config.num_hidden_layers
+            assert REAL_MAPS[name][-1] == SMOLLM2.num_hidden_layers - 1
     assert sizes == {"half": pytest.approx(0.5, abs=0.01), "quarter": pytest.approx(0.25, abs=0.01)}
+    assert SMOLLM2.num_hidden_layers == 30  # the teacher's own is left as it was
 
 
 def test_students_to_choose_from_stand_by_size() -> None:
