@@ -307,10 +307,10 @@ REAL_SHAPES: Final = {
 What is not named is the teacher's: the first has whole blocks of it.
 """
 REAL_MAPS: Final = {
-    "half": (0, 1, 7, 8, 9, 10, 23, 26, 27, 28, 29),
-    "quarter": (0, 1, 7, 9, 10, 23, 27, 28, 29),
+    "half": (0, 1, 7, 8, 9, 10, 22, 23, 27, 28, 29),
+    "quarter": (0, 1, 7, 10, 22, 23, 27, 28, 29),
 }
-"""What ``--layer_map measured`` finds."""
+"""What ``--layer_map measured`` finds on the training text."""
 
 
 def real_arms(size: str) -> dict[str, Arm]:
