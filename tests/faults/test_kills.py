@@ -202,7 +202,7 @@ def test_signals_to_workers_and_process_groups(straight: Straight, tmp_path: Pat
     process, worker = training_with_a_worker(folder)
     Running(worker, process.wait).signal(signal.SIGKILL)
     assert process.end() == 5
-    assert "error: DataLoader worker" in log_of(folder)
+    assert "error: a process that prepares batches has died: DataLoader worker" in log_of(folder)
     assert "lower --num_workers" in log_of(folder)
     # The worker outlives its killed run by some seconds, and must not hold its directory.
     process, worker = training_with_a_worker(folder)
