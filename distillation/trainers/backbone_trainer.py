@@ -204,7 +204,6 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
         """Measure the teacher, start the student from it, and make the stitches; done once."""
         if self.is_prepared:
             return
-        self.is_prepared = True
         config = self.config
         needs_statistics = standardises(self.hidden_state_loss_fn) or self.shares_basis
         if needs_statistics or config.init_from_teacher in BASES or config.audit_tokens:
@@ -216,6 +215,7 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
                 logger.info("From the teacher: %s", line)
         if self.is_stitched:
             self.stitches = self._new_stitches()
+        self.is_prepared = True  # an interrupt before leaves it all to be done again
 
     def level_loss(self, block: int) -> Loss:
         """The hidden-state loss of a student block, knowing its teacher level's statistics."""

@@ -85,13 +85,15 @@ def test_an_interrupted_run_ends_with_the_bits_of_one_that_was_not(
 
 
 @pytest.mark.slow
-def test_an_interrupt_inside_a_models_forward_leaves_no_hook(tmp_path: Path) -> None:
+@pytest.mark.parametrize("call", [1, 3, 5, 7], ids="before {0}".format)
+def test_an_interrupt_inside_a_models_forward_leaves_no_hook(call: int, tmp_path: Path) -> None:
+    """While the teacher is looked at, before anything is ready, and while it teaches."""
     teacher, student = tiny_teacher(), tiny_student()
     calls = [0]
 
     def interrupt(module: Any, inputs: Any) -> None:
         calls[0] += 1
-        if calls[0] == 3:
+        if calls[0] == call:
             raise KeyboardInterrupt
 
     own = small_trainer(tmp_path, teacher=teacher, student=student)
@@ -99,7 +101,7 @@ def test_an_interrupt_inside_a_models_forward_leaves_no_hook(tmp_path: Path) -> 
     before = [state(model) for model in (teacher, student)]
     with pytest.raises(KeyboardInterrupt):
         own.train(**TRAINING)
-    assert calls[0] == 3
+    assert calls[0] == call
     assert [state(model) for model in (teacher, student)] == before
     handle.remove()
     assert own.train(**TRAINING)["polish"]["steps"] == 4
