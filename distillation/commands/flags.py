@@ -25,6 +25,7 @@ from distillation.layer_map import LAYER_MAPS, MEASURED
 PROGRAM = "examples.run_distillation_example"
 Row = tuple[str, Callable[[str], Any], Any, str]
 
+MOST_BLOCKS = 10_000
 TRACKER_NAMES = ("tensorboard", "wandb", "trackio")
 PER_BLOCK = "; one value, or one per block as 1e-3,5e-4"
 STUDENT_SWITCHES = {
@@ -171,7 +172,7 @@ def block_ranges(text: str) -> list[int]:
         if (
             len(ends) > 2
             or not all(end.isdecimal() for end in ends)
-            or int(ends[0]) > int(ends[-1])
+            or not int(ends[0]) <= int(ends[-1]) < MOST_BLOCKS
         ):
             raise argparse.ArgumentTypeError(f"{text!r} is not blocks such as 3-5 or 0,2")
         found += range(int(ends[0]), int(ends[-1]) + 1)

@@ -106,9 +106,9 @@ class BaseDistillationTrainer:
         self.precision = self.ranks.from_main(precision)  # each measures for itself
         self.progress = RunProgress(1)
         self.journal = Journal({"student": student_model}, self.ranks, minutes=0.0, steps=0)
+        number_blocks(self.student)
         for stack in (self.teacher, self.student):
             check_structure(stack)
-        number_blocks(self.student)
         check_vocabulary(self.teacher, self.student, tokenizer)
         if config.early_stop_patience and validation_dataloader is None:
             raise UsageError(

@@ -177,7 +177,9 @@ def test_configurations_that_are_none(content: Any, place: Path, tmp_path: Path)
         run(place, "bad", "--student_model_type", "hf", "--student_config", str(file))
 
 
-@pytest.mark.parametrize("flag", ["--layer_map 1,x", "--layer_map middle", "--blocks 3-1"])
+@pytest.mark.parametrize(
+    "flag", ["--layer_map 1,x", "--layer_map middle", "--blocks 3-1", "--blocks 0-99999999999"]
+)
 def test_maps_and_blocks_that_do_not_parse(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse_arguments(flag.split())
