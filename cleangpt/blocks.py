@@ -351,6 +351,11 @@ class BlockStack:
         """Two token ids, enough to watch a forward pass."""
         return torch.zeros((1, 2), dtype=torch.long, device=self.device)
 
+    def unlike_ids(self, count: int) -> Tensor:
+        """A row of token ids that differ, as many as fit, to compare what is computed of them."""
+        length = min(count, self.context_length or count)
+        return torch.arange(1, length + 1, device=self.device)[None] % self.vocab_size
+
 
 def _first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The hidden state among a block's arguments: the first, or the keyword all families use."""

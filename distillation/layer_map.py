@@ -120,6 +120,11 @@ def measured_layer_map(costs: Sequence[float], student_blocks: int) -> tuple[int
     return (*(block - 1 for block in starts), count - 1)
 
 
+def standing_in(wanted: LayerMap) -> LayerMap:
+    """The map of a plan or the doctor, which measure nothing: uniform for one to be found."""
+    return "uniform" if wanted == MEASURED else wanted
+
+
 def choose_blocks(wanted: Sequence[int] | None, student_blocks: int) -> frozenset[int]:
     """The student blocks that learn; None is all of them.
 

@@ -58,8 +58,7 @@ def _error_of_a_block_alone(stack: BlockStack) -> float:
 
     A block that fails alone is off by all.
     """
-    length = min(_PROBED, stack.context_length or _PROBED)
-    ids = torch.arange(1, length + 1, device=stack.device)[None] % stack.vocab_size
+    ids = stack.unlike_ids(_PROBED)
     states = stack.block_states(ids)
     worst = 0.0
     for index in {min(1, stack.num_blocks - 1), stack.num_blocks - 1}:

@@ -70,8 +70,7 @@ def _silence(student: BlockStack, index: int, *, for_good: bool) -> bool:
 
 
 def _changes_nothing(student: BlockStack, index: int) -> bool:
-    length = min(_POSITIONS, student.context_length or _POSITIONS)
-    ids = torch.arange(1, length + 1, device=student.device)[None] % student.vocab_size
+    ids = student.unlike_ids(_POSITIONS)
     with preserved_modes(student.model):
         student.model.eval()
         entering: Tensor = student.embed(ids)

@@ -157,12 +157,13 @@ def prepare(
     with torch.device("meta") if arguments.plan else contextlib.nullcontext():
         student = build_student(arguments, teacher, find_class)
     loader = build_dataloader(arguments, source, teacher, student, ranks)
-    settle_layer_map(arguments, teacher, student, loader, ranks, device)
     held_out = None
     if arguments.plan:
         arguments.early_stop_patience = 0  # it would ask for held-out text, which is not read here
-    elif arguments.validation_tokens:
-        held_out = validation_dataloader(arguments, teacher, loader, ranks)
+    else:
+        settle_layer_map(arguments, teacher, student, loader, ranks, device)
+        if arguments.validation_tokens:
+            held_out = validation_dataloader(arguments, teacher, loader, ranks)
     return build_trainer(arguments, teacher, student, loader, held_out, device), student
 
 
@@ -229,7 +230,9 @@ def build_trainer(
     """Hand the flags that say how it trains to the trainer."""
     from distillation import DistillationTrainer
     from distillation.config import LoopOptions
+    from distillation.layer_map import standing_in
 
+    options = {name: getattr(arguments, name) for name in LoopOptions.__annotations__}
     trainer = DistillationTrainer(
         teacher.model,
         student,
@@ -250,7 +253,7 @@ def build_trainer(
         overwrite=arguments.overwrite,
         resume=arguments.resume,
         keep_start=arguments.keep_start,
-        **{name: getattr(arguments, name) for name in LoopOptions.__annotations__},
+        **{**options, "layer_map": standing_in(arguments.layer_map)},
     )
     trainer.run.attachments["config.yaml"] = arguments.settings_text.encode()
     return trainer

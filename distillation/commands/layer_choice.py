@@ -24,9 +24,7 @@ def settle_layer_map(
     ranks: "Ranks",
     device: "torch.device",
 ) -> None:
-    """Put the map that is found in the place of ``measured``; a plan has a uniform one.
-
-    A run that goes on keeps its own.
+    """Put the map that is found in the place of ``measured``; a run that goes on keeps its own.
 
     Args:
         arguments: The parsed flags; changed.
@@ -37,9 +35,6 @@ def settle_layer_map(
         device: Where the run trains, and this is measured.
     """
     if arguments.layer_map != MEASURED:
-        return
-    if arguments.plan:
-        arguments.layer_map = "uniform"
         return
 
     from cleangpt.blocks import BlockStack

@@ -211,11 +211,10 @@ def workload(
 ) -> "Workload":
     """What is trained on, and how often."""
     from distillation.config import spread
-    from distillation.layer_map import MEASURED, choose_layer_map
+    from distillation.layer_map import choose_layer_map, standing_in
     from distillation.plan import Workload
 
     blocks = student.num_blocks
-    wanted = "uniform" if arguments.layer_map == MEASURED else arguments.layer_map
     epochs = spread("epochs_per_block", arguments.epochs_per_block, blocks)
     return Workload(
         positions=positions,
@@ -228,7 +227,7 @@ def workload(
         ],
         head_epochs=arguments.lm_head_epochs if arguments.train_lm_head else None,
         polish_epochs=arguments.polish_epochs,
-        layer_map=choose_layer_map(wanted, blocks, teacher.num_blocks),
+        layer_map=choose_layer_map(standing_in(arguments.layer_map), blocks, teacher.num_blocks),
         schedule=arguments.schedule,
         freeze_previous=arguments.freeze_previous_blocks,
         reads_teacher=arguments.block_inputs != "student",

@@ -103,6 +103,14 @@ def test_the_command_measures_once_and_goes_on_with_what_it_found(
     assert next(found) == (0.9, 0.5, 0.1)  # not measured again
 
 
+def test_the_doctor_takes_it_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from distillation.commands.doctor import main
+
+    flags = ["--layer_map", "measured", "--student_n_layer", "2"]
+    main([*flags, "--max_samples", "3", "--output_dir", str(tmp_path / "run"), "--device", "cpu"])
+    assert "0 failures" in capsys.readouterr().out
+
+
 def test_a_plan_has_a_uniform_map(capsys: pytest.CaptureFixture[str]) -> None:
     from distillation.commands.distil import main
 
