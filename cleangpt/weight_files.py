@@ -18,10 +18,12 @@ MAX_BLOCKS = 1_000
 _MAX_RECORDS = 1_000_000
 _TEXTS = (b"version https://git-lfs", b"<!doctype", b"<html", b"/annex/")
 _GGUF_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-_GGUF_STRING, _GGUF_ARRAY = 8, 9
+_GGUF_FLOAT, _GGUF_STRING, _GGUF_ARRAY = 6, 8, 9
 _GGUF_SCALING, _GGUF_SCALED = ".rope.scaling.type", ("rope_freqs.", "rope_factors_")
-"""Field and tensors of rotary positions that are scaled (Llama 3.1 and later): transformers reads
-none that we know of, and the model would be another one."""
+_GGUF_FACTORS = (".rope.scaling.factor", ".rope.scale_linear")
+"""Fields and tensors of rotary positions that are scaled (Llama 3.1 and later): transformers reads
+none that we know of, and the model would be another one. A factor without a type scales linearly,
+the second being its old name; 0 and 1 scale nothing."""
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -134,13 +136,7 @@ def _check_gguf(path: Path) -> int:
         if max(tensors, fields) > size:
             raise ValueError(f"is damaged: {fields:,} fields, {tensors:,} tensors, {size:,} bytes")
         reader = _Gguf(file, size)
-        scaled = []
-        for _ in range(fields):
-            name, kind = reader.string(), reader.number("<I")
-            if name.endswith(_GGUF_SCALING) and kind == _GGUF_STRING:
-                scaled += [name] * (reader.string() != "none")
-            else:
-                reader.skip_value(kind)
+        scaled = _scaled_fields(reader, fields)
         for _ in range(tensors):
             name = reader.string()
             scaled += [name] * name.startswith(_GGUF_SCALED)
@@ -153,6 +149,21 @@ def _check_gguf(path: Path) -> int:
     return int(tensors)
 
 
+def _scaled_fields(reader: "_Gguf", fields: int) -> list[str]:
+    """Walk over the fields; name those by which positions are scaled."""
+    scaled, unscaled = [], False
+    for _ in range(fields):
+        name, kind = reader.string(), reader.number("<I")
+        if name.endswith(_GGUF_SCALING) and kind == _GGUF_STRING:
+            unscaled = reader.string() == "none"
+            scaled += [name] * (not unscaled)
+        elif name.endswith(_GGUF_FACTORS) and kind == _GGUF_FLOAT:
+            scaled += [name] * (reader.fraction() not in (0, 1))
+        else:
+            reader.skip_value(kind)
+    return [] if unscaled else scaled
+
+
 class _Gguf:
     """Skips over what a GGUF file holds, and refuses lengths that lead out of it."""
 
@@ -163,6 +174,10 @@ class _Gguf:
     def number(self, kind: str) -> int:
         (value,) = struct.unpack(kind, self._file.read(struct.calcsize(kind)))
         return int(value)
+
+    def fraction(self) -> float:
+        (value,) = struct.unpack("<f", self._file.read(4))
+        return float(value)
 
     def skip(self, length: int) -> None:
         if self._file.tell() + length > self._size:

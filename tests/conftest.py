@@ -1,11 +1,17 @@
 """Settings every test shares. Imports none of our packages: the shape checker must come first."""
 
 import os
+import signal
 from collections.abc import Iterator
 from typing import Any
 
 for _name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
     os.environ.setdefault(_name, "1")
+
+# A shell starts what it puts into the background with interrupts ignored, and every process that a
+# test starts would inherit that: Ctrl-C could not be tested there.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -17,6 +17,7 @@ from benchmarks.teachers import PAGE, gguf_row, gguf_section  # noqa: E402
 from cleangpt.errors import InputError  # noqa: E402
 from cleangpt.teacher import load_teacher  # noqa: E402
 from cleangpt.vocabulary import check_same_tokens, token_rows  # noqa: E402
+from cleangpt.weight_files import check_file  # noqa: E402
 from distillation.evaluation import evaluate_distilled_model  # noqa: E402
 from examples import run_distillation_example as command  # noqa: E402
 
@@ -148,19 +149,48 @@ def test_files_that_cannot_be_read_are_refused_in_two_lines(
     assert len(str(caught.value).splitlines()) == 2
 
 
-@pytest.mark.parametrize("told", ["llama.rope.scaling.type", "rope_freqs.weight"])
-def test_scaled_rotary_positions_are_refused(told: str, tmp_path: Path) -> None:
-    """They are not read, and without them the model is another one."""
-    file = tmp_path / "scaled.gguf"
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_string("llama.rope.scaling.type", "linear" if told.startswith("llama") else "none")
-    if told.startswith("rope"):
+def told_of_positions(
+    path: Path, scaling: str | None = None, *, tensor: bool = False, **fractions: float
+) -> Path:
+    """A GGUF file with no more than what it says about rotary positions."""
+    writer = gguf.GGUFWriter(path, "llama")
+    if scaling:
+        writer.add_string("llama.rope.scaling.type", scaling)
+    for name, value in fractions.items():
+        writer.add_float32(f"llama.rope.{name.replace('__', '.')}", value)
+    if tensor:
         writer.add_tensor("rope_freqs.weight", np.ones(4, dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("told", "positions"),
+    [
+        ("llama.rope.scaling.type", {"scaling": "linear", "scaling__factor": 4.0}),
+        ("llama.rope.scaling.factor", {"scaling__factor": 4.0}),
+        ("llama.rope.scale_linear", {"scale_linear": 0.5}),
+        ("rope_freqs.weight", {"scaling": "none", "tensor": True}),
+    ],
+)
+def test_scaled_rotary_positions_are_refused(
+    told: str, positions: dict[str, Any], tmp_path: Path
+) -> None:
+    """They are not read, and without them the model is another one."""
+    file = told_of_positions(tmp_path / "scaled.gguf", **positions)
     with pytest.raises(InputError, match="scaled rotary positions") as caught:
         load_teacher(str(file))
     assert told in caught.value.cause
     assert "HuggingFace folder" in caught.value.cause
+
+
+@pytest.mark.parametrize(
+    "positions", [{"scaling__factor": 1.0}, {"scaling": "none", "scale_linear": 4.0}]
+)
+def test_positions_that_are_not_scaled_are_let_through(
+    positions: dict[str, Any], tmp_path: Path
+) -> None:
+    assert check_file(told_of_positions(tmp_path / "plain.gguf", **positions)) == 0
