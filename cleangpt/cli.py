@@ -11,7 +11,6 @@ import difflib
 import errno
 import logging
 import math
-import multiprocessing
 import os
 import sys
 import traceback
@@ -22,7 +21,7 @@ from typing import NoReturn, TypeVar
 
 from cleangpt.errors import CleanGPTError, EnvironmentProblem, OutOfMemory, ran_out_of_memory
 from cleangpt.runtime.launcher import launched
-from cleangpt.runtime.stopping import Terminated, terminable
+from cleangpt.runtime.stopping import Terminated, end_children, terminable
 from cleangpt.safe_text import SafeFormatter, clean_message, clean_text
 
 T = TypeVar("T")
@@ -336,8 +335,7 @@ def run_command(
         _show_traceback(error, arguments)
         code, cause, remedy = _describe(error)
         _print_error(cause, remedy)
-        for child in multiprocessing.active_children():
-            child.kill()  # one that hangs ignores what would end it when Python exits
+        end_children()
         return code
     return 0
 

@@ -20,17 +20,20 @@ SEAL = "sha256"
 """The key of a JSON object under which its checksum stands."""
 _LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 _MAX_SUMS_BYTES = 2**20
+_CHUNK_BYTES = 2**16
 _REMEDY = (
     "Copy or save it again; if you changed it on purpose, delete the SHA256SUMS file beside it."
 )
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 (hex) of a file, read a megabyte at a time."""
+def file_digest(path: Path, size: int | None = None) -> str:
+    """SHA-256 (hex) of a file, or of its first ``size`` bytes, in little memory."""
     digest = hashlib.sha256()
+    left = path.stat().st_size if size is None else size
     with path.open("rb") as file:
-        while chunk := file.read(2**20):
+        while chunk := file.read(min(left, _CHUNK_BYTES)):
             digest.update(chunk)
+            left -= len(chunk)
     return digest.hexdigest()
 
 

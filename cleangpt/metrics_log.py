@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from tqdm.auto import tqdm
 
 from cleangpt.disk_errors import disk_errors_explained
-from cleangpt.integrity import parse_json_object
+from cleangpt.integrity import file_digest, parse_json_object
 from cleangpt.metrics_table import MetricsTable
 
 logger = logging.getLogger(__name__)
@@ -98,8 +98,7 @@ class MetricsLog:
         """SHA-256 (hex) of the first ``size`` bytes."""
         if self.path is None or not self.path.is_file():
             return hashlib.sha256().hexdigest()
-        with self.path.open("rb") as file:
-            return hashlib.sha256(file.read(size)).hexdigest()
+        return file_digest(self.path, size)
 
     def go_on(self, size: int, checksum: str | None = None) -> None:
         """Write again, after the first ``size`` bytes; what a stopped run wrote later goes.

@@ -7,6 +7,7 @@ interrupts at once.
 """
 
 import logging
+import multiprocessing
 import signal
 import threading
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 logger = logging.getLogger(__name__)
+
+_SECONDS_TO_END = 10.0
 
 
 class Terminated(KeyboardInterrupt):
@@ -51,6 +54,26 @@ def held_back() -> Iterator[None]:
     finally:
         if request.signal is not None:
             signal.raise_signal(request.signal)
+
+
+def end_children() -> None:
+    """Kill this process's children, for good: one that hangs ignores what ends it at exit.
+
+    PyTorch takes the end of a loader's worker for a fault and raises wherever this process is, so
+    nobody is told of these.
+    """
+    children = multiprocessing.active_children()
+    told = signal.getsignal(signal.SIGCHLD)
+    if children and _is_main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        for child in children:
+            child.kill()
+        for child in children:
+            child.join(_SECONDS_TO_END)
+    finally:
+        if children and _is_main_thread():
+            signal.signal(signal.SIGCHLD, told or signal.SIG_DFL)
 
 
 def _is_main_thread() -> bool:

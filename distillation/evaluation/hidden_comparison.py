@@ -120,8 +120,9 @@ def _choose_layer_map(
         chosen = uniform_layer_map(student.num_blocks, teacher.num_blocks)
         if student.num_blocks != teacher.num_blocks:
             notes.append(
-                f"No layer map is saved: the student's {student.num_blocks} blocks are compared "
-                f"with the teacher's blocks {list(chosen)}, spread evenly."
+                "No layer map that fits this teacher is saved: the student's "
+                f"{student.num_blocks} blocks are compared with the teacher's blocks "
+                f"{list(chosen)}, spread evenly."
             )
     if len(chosen) != student.num_blocks or not all(0 <= b < teacher.num_blocks for b in chosen):
         raise InputError(

@@ -10,7 +10,7 @@ import pytest
 from tests.faults import warm_runs
 from tests.faults.kill_harness import log_of, start_warm
 
-LIMIT = 512 * 1024
+LIMIT = 256 * 1024
 """Bytes per thousand steps. A thousand of the smallest graphs left behind would be far more."""
 
 
