@@ -76,13 +76,13 @@ HEAD_RATES: Final = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 
 
 REAL_TRIALS: Final[list[tuple[str, float, float]]] = [
-    ("A3", 2e-4, 0.0),
     ("A3", 5e-4, 0.0),
+    ("A6", 5e-4, 0.0),
     ("A3", 1e-3, 0.0),
+    ("A6", 1e-3, 0.0),
     ("A5", 5e-4, 5e-4),
-    ("A5", 1e-3, 5e-4),
-    ("A1", 1e-3, 0.0),
     ("A1", 2e-3, 0.0),
+    ("A1", 1e-3, 0.0),
 ]
 """For the real teacher's larger students: arm, rates of polish and of blocks."""
 

@@ -97,7 +97,7 @@ def fit_head(activations: Activations, batches: Iterable[Batch], max_tokens: int
     intercept ``W_U c + b_U`` is the head's bias. A head without one has it in the norm's bias, as
     the ``d`` that minimises the error of ``W (f_S + d) = W f_S + W_U c + b_U``, up to a constant
     per position, which softmax ignores. A head of low rank gets the nearest product in the metric
-    of the features, and a tied head only a norm: gain and bias.
+    of the features, and a tied head only a norm with gain and bias.
 
     Args:
         activations: Where final states come from.
@@ -107,6 +107,14 @@ def fit_head(activations: Activations, batches: Iterable[Batch], max_tokens: int
     sums = LeastSquares()
     scale = None
     teacher, student = activations.teacher, activations.student
+    norm = student.final_norm
+    has_bias = isinstance(norm, nn.LayerNorm) and norm.bias is not None
+    if head_is_tied(student) and not has_bias:
+        logger.warning(
+            "The head is the embedding matrix, and the final norm, a %s, starts as it is.",
+            type(norm).__name__,
+        )
+        return  # before a model has read anything
     for batch in batches:
         raw = activations.teacher_output(teacher.num_blocks - 1, batch)
         teacher_features = batch.valid(teacher.final_norm(raw))
@@ -204,12 +212,7 @@ def _fit_norm(student: BlockStack, weight: Tensor, offset: Tensor, sums: LeastSq
     vectors, whose moments are those of ``f``.
     """
     norm = student.final_norm
-    if not isinstance(norm, nn.LayerNorm) or norm.bias is None:
-        logger.warning(
-            "The head is the embedding matrix, and the final norm, a %s, starts as it is.",
-            type(norm).__name__,
-        )
-        return
+    assert isinstance(norm, nn.LayerNorm)
     embeddings = student.lm_head.weight[: len(weight)].cpu().double()
     embeddings = embeddings - embeddings.mean(0)
     gram, wanted = embeddings.T @ embeddings, embeddings.T @ weight

@@ -1,7 +1,7 @@
 """How the head starts: copied, fitted, and at the teacher's own scale."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -150,6 +150,28 @@ def test_a_tied_head_finds_the_teachers_norm_and_keeps_its_embeddings(tmp_path: 
     assert moved == {"transformer.ln_f.weight", "transformer.ln_f.bias"}
     assert student.lm_head.weight is student.transformer.wte.weight
     assert student.config.tie_word_embeddings
+
+
+class Unread(list[Any]):
+    """Data that nobody may read."""
+
+    def __iter__(self) -> NoReturn:
+        raise AssertionError("the data were read")
+
+
+def test_nothing_is_read_where_a_tied_head_has_no_norm_to_fit(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from distillation.trainers import HeadDistillationTrainer
+
+    teacher, student = tiny_teacher(), tiny_teacher("llama", seed=1, tie_word_embeddings=True)
+    before, data = weights_of(student), Unread(batches())
+    trainer = HeadDistillationTrainer(
+        teacher, student, None, data, output_dir=tmp_path, head_tying="tie"
+    )
+    trainer.train_head(0, 1e-3)
+    assert "a LlamaRMSNorm, starts as it is" in caplog.text
+    assert unchanged(before, student.state_dict()) == before.keys()
 
 
 def test_a_tied_head_trains_its_norm_only(tmp_path: Path) -> None:
