@@ -41,6 +41,17 @@ _UNKNOWN = "not taken: blocks, whose layout is not known here"
 NOT_TAKEN = (_OTHER_KIND, _UNKNOWN)
 """What is said of a block that stays as built."""
 _KINDS_OF_LAYERS = ("layer_types", "no_rope_layers", "attention_layers")
+_SETTINGS = (
+    *("hidden_act", "hidden_activation", "activation_function", "swiglu_limit"),
+    *("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "layernorm_epsilon"),
+    *("rope_parameters", "partial_rotary_factor", "rotary_dim", "alibi", "sliding_window"),
+    *("attention_multiplier", "query_pre_attn_scalar", "attn_logit_softcapping"),
+    *("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "use_qk_norm", "clip_qkv"),
+    *("residual_multiplier", "embedding_multiplier", "logits_scaling", "logit_scale"),
+    *("final_logit_softcapping", "parallel_attn", "use_parallel_residual"),
+    *("apply_residual_connection_post_layernorm", "num_experts_per_tok", "norm_topk_prob"),
+)
+"""Fields of configurations that are no sizes, and change what the same weights compute."""
 _SEPARATE = ("q_proj", "k_proj", "v_proj")
 _QUERY_KEY_NORMS = ("q_norm", "k_norm")
 
@@ -130,6 +141,18 @@ def other_kinds(teacher: BlockStack, student: BlockStack, sources: Sequence[int]
         if differ:
             shown = ", ".join(f"{i} ({own[i]}, from {theirs[sources[i]]})" for i in differ)
             lines.append(f"not the teacher's: {name} of the student's blocks {shown}")
+    return lines
+
+
+def other_settings(teacher: BlockStack, student: BlockStack) -> list[str]:
+    """A line for each setting by which the same weights compute something else."""
+    if not is_same_class(teacher.model, student.model):
+        return []
+    lines = []
+    for name in _SETTINGS:
+        theirs, own = (getattr(_config(stack), name, None) for stack in (teacher, student))
+        if theirs != own:
+            lines.append(f"not the teacher's: {name} is {own}, and {theirs} in the teacher")
     return lines
 
 

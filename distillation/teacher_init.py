@@ -27,6 +27,7 @@ from distillation.family_init import (
     copy_layers,
     fill_alike,
     other_kinds,
+    other_settings,
 )
 from distillation.head_init import can_copy_head, copy_head
 from distillation.shared_basis import SharedBasis, make_plain, set_linear
@@ -124,10 +125,10 @@ def _fill_blocks(
 def _after_blocks(
     teacher: BlockStack, student: BlockStack, sources: Sequence[int], as_built: Collection[int] = ()
 ) -> list[str]:
-    """Silence copies, and name blocks that look elsewhere than their sources."""
+    """Silence copies, and name what computes something else than in the teacher."""
     done = silence_copies(student, sources, as_built)
     lines = [f"{said} ({_blocks(where, student.num_blocks)})" for said, where in done.items()]
-    return lines + other_kinds(teacher, student, sources)
+    return [*lines, *other_kinds(teacher, student, sources), *other_settings(teacher, student)]
 
 
 def first_of_groups(layer_map: Sequence[int]) -> list[int]:
@@ -159,10 +160,13 @@ def _embeddings(teacher: BlockStack, student: BlockStack, basis: SharedBasis) ->
     rows = min(len(table.weight), len(teacher.model.get_input_embeddings().weight))
     tokens, positions = _entering(teacher, rows, student.context_length)
     factor = _multiplier(student, table.weight)
+    lines = [f"embeddings of {rows} tokens"]
+    if factor is None:
+        lines.append("not taken: what the student does to its embeddings besides scaling them")
+        factor = 1.0
     # Further channels of a wider student stay as built: of zeros nothing would ever read or write.
     shared = slice(min(basis.columns.shape))
     table.weight[:rows, shared] = (tokens @ basis.columns / factor)[:, shared].to(table.weight)
-    lines = [f"embeddings of {rows} tokens"]
     own = _position_table(student)
     if own is None:
         return lines
@@ -175,8 +179,11 @@ def _embeddings(teacher: BlockStack, student: BlockStack, basis: SharedBasis) ->
     return [*lines, f"embeddings of {rows} positions"]
 
 
-def _multiplier(student: BlockStack, table: Tensor) -> float:
-    """What the student multiplies its embeddings by (Gemma, Granite); 1 if it does more to them."""
+def _multiplier(student: BlockStack, table: Tensor) -> float | None:
+    """What the student multiplies its embeddings by (Gemma, Granite); None if it does more.
+
+    As by the norm of Bloom's.
+    """
     with preserved_modes(student.model):
         student.model.eval()
         ids = torch.arange(2, device=student.device)[:, None]
@@ -184,7 +191,7 @@ def _multiplier(student: BlockStack, table: Tensor) -> float:
     seen, held = first - second, (table[0] - table[1]).float()
     factor = float(seen @ held / held.square().sum())
     is_all = (seen - factor * held).norm() <= _ROUNDED * seen.norm()
-    return factor if is_all and factor else 1.0
+    return factor if is_all and factor else None
 
 
 def _position_table(student: BlockStack) -> Any:

@@ -135,6 +135,31 @@ def test_blocks_that_look_at_other_positions_are_named() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("family", "setting", "own", "theirs"),
+    [("llama", "hidden_act", "gelu", "silu"), ("gpt2", "layer_norm_epsilon", 0.1, 1e-5)],
+)
+@pytest.mark.parametrize("rotated", [False, True])
+def test_settings_by_which_the_same_weights_compute_something_else_are_named(
+    family: str, setting: str, own: Any, theirs: Any, rotated: bool
+) -> None:
+    teacher = noisy_teacher(family)
+    student = like(teacher, **{setting: own})
+    said = started(teacher, student, rotation() if rotated else None)
+    assert f"not the teacher's: {setting} is {own}, and {theirs} in the teacher" in said
+    assert not torch.equal(logits(student), logits(teacher))
+    said = started(teacher, like(teacher), rotation() if rotated else None)
+    assert not any(line.startswith("not the teacher's") for line in said)
+
+
+def test_a_norm_of_embeddings_that_a_narrower_student_cannot_take_is_named() -> None:
+    teacher = noisy_teacher("bloom")
+    said = started(teacher, like(teacher, hidden_size=16, n_head=4), torch.eye(WIDTH)[:, :16])
+    assert "not taken: what the student does to its embeddings besides scaling them" in said
+    said = started(teacher, like(teacher))
+    assert not any("besides scaling" in line for line in said)
+
+
 # Other sizes --------------------------------------------------------------------------------------
 
 
