@@ -29,6 +29,7 @@ from benchmarks.quality_plan import (
 from benchmarks.quality_runs import Arm
 
 TRIALS: Final = {
+    "A0": [{"polish_lr": rate} for rate in (1e-3, 2e-3, 4e-3)],
     "A1": [{"polish_lr": rate} for rate in (1e-3, 2e-3, 4e-3)],
     "A3": [{"polish_lr": rate} for rate in (2e-3, 4e-3, 8e-3)],
     "A4": [
@@ -142,6 +143,8 @@ def tuning_table() -> Iterator[Run]:
                 shown = " ".join(f"{key} {value:g}" for key, value in trial.items())
                 tried = replace(arm, name=f"{name} {shown}", training=arm.training | trial)
                 yield Run(tried, kind, "small", TUNING_SEED)
+                if name == "A0":  # of which the larger budget shows more of what diverges
+                    yield Run(tried, kind, "middle", TUNING_SEED)
         for name, shapes in POLISH_TRIALS.items():
             for share, weight, fades in shapes:
                 arm = arms(kind)[name]
