@@ -123,6 +123,19 @@ def more_trials() -> Iterator[Arm]:
                 yield replace(run.arm, name=f"{name} lm_head_lr {head_rate:g}", training=training)
 
 
+def rate_trials() -> Iterator[Run]:
+    """What was tried for each kind's rates."""
+    for kind in KINDS:
+        for name, trials in TRIALS.items():
+            for trial in trials:
+                arm = arms(kind)[name]
+                shown = " ".join(f"{key} {value:g}" for key, value in trial.items())
+                tried = replace(arm, name=f"{name} {shown}", training=arm.training | trial)
+                # From scratch, the larger budget shows more of what diverges.
+                for budget in ("small", "middle") if name == "A0" else ("small",):
+                    yield Run(tried, kind, budget, TUNING_SEED)
+
+
 def tuning_table() -> Iterator[Run]:
     """The trials of learning rates, to be judged on the validation split."""
     yield from real_trials()
@@ -136,15 +149,8 @@ def tuning_table() -> Iterator[Run]:
         options = a5.options | {"block_inputs": "mixed"}
         mixed = replace(a5, name="A5 mixed inputs", options=options)
         yield Run(mixed, kind, "small", TUNING_SEED)
+    yield from rate_trials()
     for kind in KINDS:
-        for name, trials in TRIALS.items():
-            for trial in trials:
-                arm = arms(kind)[name]
-                shown = " ".join(f"{key} {value:g}" for key, value in trial.items())
-                tried = replace(arm, name=f"{name} {shown}", training=arm.training | trial)
-                yield Run(tried, kind, "small", TUNING_SEED)
-                if name == "A0":  # of which the larger budget shows more of what diverges
-                    yield Run(tried, kind, "middle", TUNING_SEED)
         for name, shapes in POLISH_TRIALS.items():
             for share, weight, fades in shapes:
                 arm = arms(kind)[name]
