@@ -58,6 +58,7 @@ class Rates:
         polish: Of an inherited student after its blocks.
         random_blocks: Of blocks from random weights.
         random_polish: Of the whole student after those.
+        inherited_blocks: Of blocks from inherited weights.
     """
 
     random: float
@@ -65,15 +66,15 @@ class Rates:
     polish: float
     random_blocks: float
     random_polish: float
+    inherited_blocks: float = 6e-3
 
 
 RATES: Final = {
     "Vanilla": Rates(2e-3, 4e-3, 2e-3, 2e-3, 1e-3),
     "Factored": Rates(4e-3, 8e-3, 4e-3, 6e-3, 2e-3),
     "SASP": Rates(4e-3, 8e-3, 4e-3, 6e-3, 2e-3),
-    REAL_KIND: Rates(1e-3, 5e-4, 5e-4, 1e-3, 5e-4),
+    REAL_KIND: Rates(1e-3, 1e-3, 1e-3, 1e-3, 5e-4, 5e-4),
 }
-INHERITED_BLOCKS: Final = 6e-3
 
 
 def arms(kind: str = "Vanilla") -> dict[str, Arm]:
@@ -81,7 +82,7 @@ def arms(kind: str = "Vanilla") -> dict[str, Arm]:
     rates = RATES[kind]
     random = {"polish_lr": rates.random}
     inherited: dict[str, Any] = {"init": "pca", "head_phase": True}
-    blocks = {"polish_lr": rates.inherited, "lr_per_block": INHERITED_BLOCKS}
+    blocks = {"polish_lr": rates.inherited, "lr_per_block": rates.inherited_blocks}
     recipe = {**TOGETHER, "stitch_equal_widths": kind == "SASP"}
     best = Arm(name="A5", **inherited, blocks=0.05, options=recipe, training=blocks)
     found = [
@@ -319,11 +320,12 @@ def real_arms(size: str) -> dict[str, Arm]:
     A student of the teacher's family inherits far more than a Vanilla one: one of two thirds of its
     blocks, chosen so, is 0.5 nats of KL from it after 104 steps of polish (53,000 tokens). Its head
     is its embeddings and comes with them, so only the tutorial's recipe has a head phase: reading
-    what nothing is fitted on took half of the first trials' budget.
+    what nothing is fitted on took half of the first trials' budget. That one trains a head of its
+    own, and has so many parameters more.
     """
     found = {}
     for name, arm in arms(REAL_KIND).items():
-        own: dict[str, Any] = {"head_tying": "tie"}
+        own: dict[str, Any] = {"head_tying": "untie" if arm.head else "tie"}
         if arm.init != "none":
             own["layer_map"] = list(REAL_MAPS[size])
         options = {**arm.options, **own}

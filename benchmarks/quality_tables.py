@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any, Final
 
 from benchmarks.quality_plan import (
-    INHERITED_BLOCKS,
     KINDS,
     REAL_KIND,
     REAL_SHAPES,
@@ -81,7 +80,7 @@ REAL_TRIALS: Final[list[tuple[str, float, float]]] = [
     ("A6", 5e-4, 0.0),
     ("A3", 1e-3, 0.0),
     ("A6", 1e-3, 0.0),
-    ("A5", 5e-4, 5e-4),
+    ("A5", 1e-3, 5e-4),
     ("A1", 2e-3, 0.0),
     ("A1", 1e-3, 0.0),
 ]
@@ -107,7 +106,7 @@ def more_trials() -> Iterator[Arm]:
             "block_inputs": trial.get("inputs", "mixed"),
             "polish_hidden_weight": trial.get("weight", 30.0),
         }
-        rate = {"lr_per_block": trial.get("lr_per_block", INHERITED_BLOCKS)}
+        rate = {"lr_per_block": trial.get("lr_per_block", a5.training["lr_per_block"])}
         yield replace(
             a5,
             name=f"A5 {name}",
