@@ -50,7 +50,8 @@ def real_page(records: Sequence[Record]) -> str:
     lines = [f"{about}.", "", table_line(head), table_line(["---"] * len(head))]
     for (size, arm), group in sorted(groups.items(), reverse=True):
         shape = _first(group)["shape"]
-        name = f"{shape['n_layer']} x {shape['n_embd']}, {size / 1e6:.0f}M"
+        width = shape.get("n_embd", "the teacher's width")
+        name = f"{shape['n_layer']} x {width}, {size / 1e6:.0f}M"
         loss = estimate([group[seed]["loss"] for seed in sorted(group)])
         known = "other_loss" in _first(group)
         other = f"{math.exp(_mean(group, 'other_loss')):.1f}" if known else ""

@@ -41,9 +41,11 @@ def saved_layer_map(run_dir: Path) -> tuple[int, ...] | None:
         run_dir: The run's directory.
     """
     try:
-        return tuple(int(block) for block in _manifest(run_dir)["layer_map"])
+        found = _manifest(run_dir)["layer_map"]
     except (OSError, ValueError, LookupError, TypeError):
         return None
+    known = isinstance(found, list) and found and all(type(block) is int for block in found)
+    return tuple(found) if known else None
 
 
 def _manifest(run_dir: Path) -> dict[str, Any]:

@@ -375,7 +375,8 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
 
     def _write_row(self, stage: BlockStage, result: StageResult) -> dict[str, Any]:
         row = block_row(stage, result)
-        if self.config.freeze_previous_blocks and not self.shares_basis:  # it learnt in the chain
+        moved = self.config.schedule == "parallel_local" and stage.block > min(self.learning_blocks)
+        if self.config.freeze_previous_blocks and not (moved or self.shares_basis):
             row["chained_error"] = row["relative_error"]
         self.run.metrics.write("block", **row)
         self.run.add_stage(row)
