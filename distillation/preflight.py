@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cleangpt.blocks import BlockStack
 from cleangpt.data.overlap import OVERLAP_WORTH_A_WARNING, contained_share
-from cleangpt.errors import InputError, UsageError
+from cleangpt.errors import CleanGPTError, InputError, UsageError, ran_out_of_memory
 from cleangpt.runtime.module_state import preserved_modes
 from cleangpt.runtime.ranks import Ranks
 from cleangpt.vocabulary import token_rows
@@ -65,8 +65,10 @@ def _error_of_a_block_alone(stack: BlockStack) -> float:
         expected = states[index + 1]
         try:
             alone = stack.advance(index, states[index], ids)
-        except Exception:  # it asks for what another block left: each family fails in its own way
-            return 1.0
+        except Exception as error:
+            if isinstance(error, CleanGPTError) or ran_out_of_memory(error):
+                raise
+            return 1.0  # it asks for what another block left: each family fails in its own way
         largest = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
         worst = max(worst, float((alone - expected).abs().max() / largest))
     return worst

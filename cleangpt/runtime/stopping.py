@@ -62,18 +62,19 @@ def end_children() -> None:
     PyTorch takes the end of a loader's worker for a fault and raises wherever this process is, so
     nobody is told of these.
     """
-    children = multiprocessing.active_children()
     told = signal.getsignal(signal.SIGCHLD)
-    if children and _is_main_thread():
+    is_told = _is_main_thread() and told is not None  # None is a handler that is not Python's
+    if is_told:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
+        children = multiprocessing.active_children()
         for child in children:
             child.kill()
         for child in children:
             child.join(_SECONDS_TO_END)
     finally:
-        if children and _is_main_thread():
-            signal.signal(signal.SIGCHLD, told or signal.SIG_DFL)
+        if is_told:
+            signal.signal(signal.SIGCHLD, told)
 
 
 def _is_main_thread() -> bool:
