@@ -36,6 +36,7 @@ class Case:
         shape: Sizes.
         processes: How many share it.
         shards: Whether they spread the teacher.
+        polish_epochs: Epochs of the whole student, at the end.
         options: Settings of the trainer.
     """
 
@@ -43,6 +44,7 @@ class Case:
     shape: Shape
     processes: int = 1
     shards: bool = False
+    polish_epochs: int = 0
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -93,6 +95,7 @@ def shortest_runs(all_cases: list[Case], repeats: int) -> list[tuple[Case, Count
     for _ in range(repeats):
         for case, own in zip(all_cases, runs, strict=True):
             how = {"shards": case.shards, "options": case.options}
+            how["polish_epochs"] = case.polish_epochs
             own.append(measured(case.shape, case.processes, **how))
             print(f"{case.name}: {own[-1].seconds:.1f} s", file=sys.stderr, flush=True)
     return [
@@ -111,15 +114,28 @@ def reached(case: Case, kind: Accelerator, seconds: float) -> float:
 def cases(shape: Shape) -> list[Case]:
     """The runs: one to measure the efficiency on, others of another shape, schedule and number."""
     other = replace(shape, blocks=shape.blocks + 2, batch_size=shape.batch_size // 2, epochs=2)
+    # Another width, vocabulary and length of the windows.
+    wide = replace(
+        shape,
+        teacher_width=3 * shape.teacher_width // 2,
+        student_width=3 * shape.student_width // 2,
+        vocab=2 * shape.vocab,
+        batch_size=shape.batch_size // 2,
+        seq_len=2 * shape.seq_len,
+    )
     disk = {"activation_cache": "disk"}
+    taught = {"polish_hidden_weight": 1.0, "audit_tokens": shape.batches * shape.tokens_per_batch}
     return [
         Case("one process", shape),
         Case("one, deeper, smaller batches", other),
         Case("one, blocks together", shape, options={"schedule": "parallel_local"}),
         Case("one, states on disk", shape, options=disk),
+        Case("one, wider, longer, more words", wide),
+        Case("one, audited and polished", shape, polish_epochs=2, options=taught),
         Case("two processes", shape, processes=2),
         Case("two, deeper, spread teacher", other, processes=2, shards=True),
         Case("two, spread, no cache", shape, 2, shards=True, options={"activation_cache": "off"}),
+        Case("two, wider, spread, polished", wide, 2, shards=True, polish_epochs=1, options=taught),
     ]
 
 
@@ -164,16 +180,17 @@ def planned(
         seq_len=shape.seq_len,
         epochs_per_block=[shape.epochs] * shape.blocks,
         head_epochs=1,
-        polish_epochs=0,
+        polish_epochs=case.polish_epochs,
         layer_map=uniform_layer_map(shape.blocks, shape.blocks),
         schedule=case.options.get("schedule", "sequential"),
+        polish_reads_levels=case.options.get("polish_hidden_weight", 0.0) > 0,
     )
     setup = Setup(
         kept_widths=[shape.teacher_width, shape.student_width],
         shards_teacher=case.shards,
         cache=case.options.get("activation_cache", "auto"),
-        audits=False,
-        fits_read_outs=False,
+        audit_tokens=case.options.get("audit_tokens", 0),
+        read_out_fits=int(case.polish_epochs > 0),
     )
     cluster = Cluster(kind, case.processes, efficiency, 1.0, gather_share)
     return plan_at_scale(teacher, student, work, cluster, setup)
@@ -187,7 +204,7 @@ def add_rows(
     steps = sum(stage.steps * stage.reduced_bytes for stage in plan.stages)
     on_disk = plan.cache.kind == "disk"
     states = plan.disk_bytes if on_disk else max(s.memory.states for s in plan.stages)
-    blocks = sum(stage.gathers for stage in plan.stages) * plan.block_bytes
+    blocks = (sum(s.gathers for s in plan.stages) + plan.measuring_gathers) * plan.block_bytes
     rows = [
         ("gradients and moments, MB", max(s.memory.training for s in plan.stages),
          max(found.training), 1e6),
@@ -196,6 +213,8 @@ def add_rows(
         ("peak memory, MB", plan.peak.memory.total, found.peak, 1e6),
         ("summed over processes, MB", steps if case.processes > 1 else 0, found.reduced, 1e6),
         ("blocks gathered, MB", blocks, found.gathered, 1e6),
+        ("sums of the audit, MB", plan.audit_bytes, found.audit, 1e6),
+        ("sums of the stitches' fit, MB", plan.fit_bytes, found.fit, 1e6),
         ("time, s", plan.seconds, found.seconds, 1.0),
         ("processor time, s", plans[1].seconds, found.thread_seconds, 1.0),
     ]  # fmt: skip

@@ -41,6 +41,7 @@ class Task:
         folder: Where the run's directory goes; the same for all processes.
         kind: Kind of student.
         shards: Whether the teacher is spread over the processes.
+        polish_epochs: Epochs of the whole student, at the end.
         options: Settings of the trainer.
     """
 
@@ -48,6 +49,7 @@ class Task:
     folder: str
     kind: str = "Vanilla"
     shards: bool = False
+    polish_epochs: int = 0
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -64,6 +66,8 @@ class Counts:
         output: What the run left.
         reduced: Messages summed over all processes.
         gathered: Blocks of the teacher that were gathered, whole.
+        audit: Sums of the audit of the teacher.
+        fit: Sums of the stitches' regressions at the end.
         peak: Memory above that of the process without models, at most.
         rates: What it computes, moves and sends per second.
     """
@@ -76,6 +80,8 @@ class Counts:
     output: int = 0
     reduced: int = 0
     gathered: int = 0
+    audit: int = 0
+    fit: int = 0
     peak: float = 0.0
     rates: Rates | None = None
 
@@ -102,10 +108,12 @@ def run(task: Task) -> Counts:
     gathers = 0 if shards is None else shards.gathers
     count_sums(counts)
     watch(trainer, counts)
-    for own in (trainer.backbone_trainer, trainer.head_trainer):
+    watch_sums(counts)
+    for own in (trainer.backbone_trainer, trainer.head_trainer, trainer.polish_trainer):
         time_stages(own, counts)
-    results = train(trainer, task.shape)
-    counts.seconds = sum(row["seconds"] for row in [*results["blocks"], results["head"]])
+    results = train(trainer, task)
+    rows = [*results["blocks"], results["head"], results["polish"]]
+    counts.seconds = sum(row["seconds"] for row in rows if row)
     counts.peak = (peak_mib("cpu") - before) * MIB
     counts.output = folder_bytes(trainer.run.path)
     if shards is not None:
@@ -119,16 +127,20 @@ def new_trainer(task: Task, teacher: Any, student: Any) -> DistillationTrainer:
         *(teacher, student, None, windows_loader(task.shape)),
         output_dir=Path(task.folder) / "run",
         precision="fp32",
-        audit_tokens=0,
         checkpoint_minutes=0.0,
-        **task.options,
+        **{"audit_tokens": 0, **task.options},
     )
 
 
-def train(trainer: DistillationTrainer, shape: Shape) -> dict[str, Any]:
-    """All blocks, and one epoch of the head."""
+def train(trainer: DistillationTrainer, task: Task) -> dict[str, Any]:
+    """All blocks, one epoch of the head, and the polish."""
     return trainer.train(
-        *(shape.epochs, LR), lm_head_epochs=1, lm_head_lr=LR, initialize_head_from_teacher=False
+        *(task.shape.epochs, LR),
+        lm_head_epochs=1,
+        lm_head_lr=LR,
+        initialize_head_from_teacher=False,
+        polish_epochs=task.polish_epochs,
+        polish_lr=LR,
     )
 
 
@@ -149,7 +161,7 @@ def warm_up(task: Task) -> None:
     teacher, student = new_teacher(small), new_student(task.kind, small)
     if task.shards:
         shard_blocks(teacher, torch.device("cpu"))
-    train(new_trainer(own, teacher, student), small)
+    train(new_trainer(own, teacher, student), own)
 
 
 def time_stages(trainer: Any, counts: Counts) -> None:
@@ -174,6 +186,27 @@ def count_sums(counts: Counts) -> None:
         return reduce(tensor, *args, **kwargs)
 
     distributed.all_reduce = counted
+
+
+def watch_sums(counts: Counts) -> None:
+    """Look at the float64 matrices whenever a model tells the states of all its levels.
+
+    Only the audit, before any stage, and the fits of all stitches, after them, ask for those.
+    """
+    states_of = BlockStack.block_hidden_states
+
+    def looked_at(self: BlockStack, *args: Any, **kwargs: Any) -> Any:
+        of = "fit" if counts.training else "audit"
+        setattr(counts, of, max(getattr(counts, of), double_bytes()))
+        return states_of(self, *args, **kwargs)
+
+    BlockStack.block_hidden_states = looked_at  # type: ignore[method-assign]
+
+
+def double_bytes() -> int:
+    """What all matrices of float64 take."""
+    found = [each for each in gc.get_objects() if type(each) is Tensor and each.ndim > 1]
+    return sum(tensor.nbytes for tensor in found if tensor.dtype == torch.float64)
 
 
 def watch(trainer: DistillationTrainer, counts: Counts) -> None:

@@ -1,11 +1,11 @@
 """Peak memory against the size of the corpus: streamed in passes, and packed at once.
 
-    python -m benchmarks.streaming --megabytes 4 20 200
+    python -m benchmarks.streaming
 
 writes ``results/streaming.md``. Text of each size is put into a temporary folder, and each way has
-a process of its own: ``train`` trains a block of a tiny student on the first passes of a stream,
-with frozen states in a budget of 25 MB, and then reads and tokenizes all passes that there are;
-``stream`` only does the latter; ``memory`` packs the windows of the whole corpus.
+a process of its own: ``train`` trains a block of a tiny student on the first passes of a stream, 32
+at most, with frozen states in a budget of 25 MB, and then reads and tokenizes all passes that there
+are; ``stream`` only does the latter; ``memory`` packs the windows of the whole corpus.
 """
 
 import argparse
@@ -26,7 +26,8 @@ from cleangpt.cli import CommandParser, positive_int, run_command
 
 RESULT = "benchmarks/results/streaming.json"
 WAYS = ("train", "stream", "memory")
-SEQ_LEN, PASS_TOKENS, TRAINED_TOKENS = 128, 2**17, 2**19
+SIZES = [4, 20, 200, 1000]
+SEQ_LEN, PASS_TOKENS, MOST_TRAINED = 128, 2**17, 2**22
 BYTES_PER_TOKEN = 3
 WORDS_PER_DOCUMENT = 600
 TEACHER_WIDTH, STUDENT_WIDTH = 32, 16
@@ -100,15 +101,12 @@ def read(way: str, folder: Path) -> dict[str, float]:
         tokens, passes = whole.num_tokens, 1
     else:
         stream = open_stream(str(folder))
+        # All of the corpus, and a little of its beginning again.
+        tokens = (folder / "train.jsonl").stat().st_size // BYTES_PER_TOKEN
         if way == "train":
-            train(stream, tokenizer, folder / "run")
-        size = (folder / "train.jsonl").stat().st_size
+            train(stream, tokenizer, folder / "run", min(tokens, MOST_TRAINED))
         windows = StreamedWindows(
-            stream,
-            tokenizer,
-            SEQ_LEN,
-            tokens=size // BYTES_PER_TOKEN,  # all of them, and a few of the first ones again
-            pass_tokens=PASS_TOKENS,
+            stream, tokenizer, SEQ_LEN, tokens=tokens, pass_tokens=PASS_TOKENS
         )
         for index in range(windows.passes):
             windows.enter(index)
@@ -123,8 +121,8 @@ def read(way: str, folder: Path) -> dict[str, float]:
     }
 
 
-def train(stream: Any, tokenizer: Any, output_dir: Path) -> None:
-    """Train one block of a tiny student for an epoch of several passes."""
+def train(stream: Any, tokenizer: Any, output_dir: Path, tokens: int) -> None:
+    """Train one block of a tiny student for an epoch over so many tokens, in passes."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -133,9 +131,7 @@ def train(stream: Any, tokenizer: Any, output_dir: Path) -> None:
     from distillation.trainers import BackboneDistillationTrainer
     from model import build_student
 
-    windows = StreamedWindows(
-        stream, tokenizer, SEQ_LEN, tokens=TRAINED_TOKENS, pass_tokens=PASS_TOKENS
-    )
+    windows = StreamedWindows(stream, tokenizer, SEQ_LEN, tokens=tokens, pass_tokens=PASS_TOKENS)
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=len(tokenizer), n_positions=SEQ_LEN, n_embd=TEACHER_WIDTH, n_layer=1, n_head=1
@@ -173,8 +169,8 @@ def main(argv: list[str] | None = None) -> None:
         "--megabytes",
         type=positive_int,
         nargs="+",
-        default=[4, 20, 200],
-        help="sizes (default: 4 20 200)",
+        default=SIZES,
+        help=f"sizes (default: {' '.join(map(str, SIZES))})",
     )
     parser.add_argument(
         "--ways", choices=WAYS, nargs="+", default=WAYS, help="what is measured (default: all)"

@@ -61,7 +61,7 @@ class Activations:
         self.teacher = teacher
         self.student = student
         self._is_open = False
-        self._positions: int | None = None
+        self._own_positions = 0
         self._budget_bytes = budget_bytes
         self.expected = {"ram": 0, "disk": 0}
         self._keep_in_memory(budget_bytes, torch.float32)
@@ -92,7 +92,7 @@ class Activations:
         if self._is_open:
             yield
             return
-        self._positions = positions
+        self._own_positions = (positions or 0) // _sharing_rows(config)
         plan = self.plan(config, folder, positions)
         logger.info("Frozen states are kept %s.", plan.reason)
         if plan.kind == "disk":
@@ -137,14 +137,16 @@ class Activations:
         """Memory within this store's budget for a schedule that needs many levels at a time.
 
         None of it where they do not all fit: of a batch in random order nearly always some window
-        would be missing. Files are left to the rolling states: all levels of data too big for
-        memory would be many times as big on disk.
+        would be missing. Rolling states in memory make room, which such a schedule has no use for.
+        Files are left to them: all levels of data too big for memory would be many times as big on
+        disk.
         """
         dtype = self._teacher_states.store.dtype
-        need = (self._positions or 0) * levels * self.teacher.hidden_size * dtype.itemsize
+        need = self._own_positions * levels * self.teacher.hidden_size * dtype.itemsize
         fits = isinstance(self._teacher_states.store, RamStore) and need <= self._budget.limit
-        budget = self._budget if fits else Budget(0)
-        return RamStore(budget, dtype)
+        if fits:
+            self.forget()
+        return RamStore(self._budget if fits else Budget(0), dtype)
 
     @torch.no_grad()
     def stand_by(self, block: int, batch: Batch) -> None:
@@ -177,12 +179,11 @@ class Activations:
         setting = cache_setting(config.activation_cache, config.keep_activations)
         limit = config.activation_cache_gb
         widths = kept_widths(self.teacher, self.student, config.block_inputs)
-        processes, sharing = launched(os.environ)[1], on_this_machine(os.environ)
+        sharing = on_this_machine(os.environ)
         need = None
         if positions is not None:
-            # Each process keeps the windows that it computes, and decoupled that is all of them.
-            sharing_rows = 1 if config.schedule == "decoupled" else processes
-            need = needed_bytes(positions, widths, config.activation_dtype) // sharing_rows
+            whole = needed_bytes(positions, widths, config.activation_dtype)
+            need = whole // _sharing_rows(config)
         plan = plan_cache(
             setting,
             need,
@@ -229,6 +230,11 @@ class Activations:
         if shards is not None:
             return StatesInStep(self.teacher, store, shards)
         return RollingStates(self.teacher, store, learns=False)
+
+
+def _sharing_rows(config: DistillationConfig) -> int:
+    """How many processes share the windows: each keeps those that it computes."""
+    return 1 if config.schedule == "decoupled" else launched(os.environ)[1]
 
 
 @torch.no_grad()

@@ -120,10 +120,12 @@ def free_disk(path: Path) -> int:
 
 def shown_bytes(size: int) -> str:
     """Bytes for people, in powers of 1000: "1.5 GB", "20 MB"."""
-    for unit, name in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if size >= unit:
-            return f"{size / unit:.3g} {name}"
-    return f"{size} bytes"
+    shown = float(f"{size:.3g}")  # first: 999,600 bytes are 1 MB, not 1e+03 kB
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if shown < 1000:
+            return f"{shown:.3g} {unit}"
+        shown /= 1000
+    return f"{shown:.3g} PB"
 
 
 def _room(place: str, free: int, budget: int | None) -> tuple[int, str]:

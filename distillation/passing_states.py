@@ -12,7 +12,7 @@ from torch import Tensor
 from cleangpt.blocks import HiddenStates, State
 from cleangpt.sharding import sharded_blocks
 from distillation.activations import Activations
-from distillation.batch import Batch
+from distillation.batch import Batch, rows_of
 from distillation.state_store import StateStore
 
 
@@ -39,15 +39,9 @@ class PassingStates(Activations):
     def teacher_output(self, block: int, batch: Batch) -> HiddenStates:
         """The raw output of a teacher block."""
         if batch not in self._taught:
-            side_by_side = self._known(batch)
-            if sharded_blocks(self.teacher.model) is not None:
-                self._keep_in_step(needs_it=side_by_side is None)
-            if side_by_side is None:
-                side_by_side = self._computed(batch)
-                self._kept.write_batch(batch.row_keys, 0, side_by_side, batch)
             width = self.teacher.hidden_size
             # Contiguous, so that sums run in the order they have in the other schedule.
-            parts = [part.contiguous() for part in side_by_side.split(width, dim=-1)]
+            parts = [part.contiguous() for part in self._side_by_side(batch).split(width, dim=-1)]
             self._taught[batch] = dict(zip(self._teacher_blocks, parts, strict=True))
         return self._taught[batch][block]
 
@@ -76,16 +70,38 @@ class PassingStates(Activations):
         for block in range(stop if needs_it else lowest, stop):
             shards.touch(block)
 
-    def _known(self, batch: Batch) -> Tensor | None:
-        rows = [self._kept.rows.get(key) for key in batch.row_keys]
-        if rows[0] is None or any(row is None for row in rows):
-            return None
-        return self._kept.read_batch(rows[0], batch.row_keys, batch)
+    def _side_by_side(self, batch: Batch) -> Tensor:
+        """All teaching blocks' outputs, computed for the windows that are not known."""
+        positions = range(len(batch.row_keys))
+        new = [i for i in positions if batch.row_keys[i] not in self._kept.rows]
+        old = [i for i in positions if batch.row_keys[i] in self._kept.rows]
+        if sharded_blocks(self.teacher.model) is not None:
+            self._keep_in_step(needs_it=bool(new))
+        parts = {}
+        if old:
+            parts[tuple(old)] = self._read(rows_of(batch, old) if new else batch)
+        if new:
+            parts[tuple(new)] = self._computed(rows_of(batch, new) if old else batch)
+        first = next(iter(parts.values()))
+        if len(parts) == 1:
+            return first
+        whole = first.new_empty(len(positions), *first.shape[1:])
+        for rows, part in parts.items():
+            whole[list(rows)] = part.to(whole.dtype)
+        return whole
+
+    def _read(self, batch: Batch) -> Tensor:
+        states = self._kept.read_batch(self._kept.rows[batch.row_keys[0]], batch.row_keys, batch)
+        assert states is not None  # memory is taken to be sound
+        return states
 
     def _computed(self, batch: Batch) -> Tensor:
         last = self._teacher_blocks[-1]
         states = self.teacher.block_states(batch.input_ids, batch.mask, stop_after=last)
-        return torch.cat([self.teacher.hidden(states[i + 1]) for i in self._teacher_blocks], dim=-1)
+        levels = [self.teacher.hidden(states[i + 1]) for i in self._teacher_blocks]
+        side_by_side = torch.cat(levels, dim=-1)
+        self._kept.write_batch(batch.row_keys, 0, side_by_side, batch)
+        return side_by_side
 
     @torch.no_grad()
     def student_input(self, block: int, batch: Batch) -> State:

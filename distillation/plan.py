@@ -62,6 +62,16 @@ class Workload:
     polish_reads_levels: bool = False
     teacher_bytes: int | None = None
 
+    def levels_at_once(self, teacher_blocks: int) -> int:
+        """How many of the teacher's levels a stage wants side by side; 0 if none does.
+
+        The blocks that learn together ask for those of their teachers, and so does a polish that is
+        taught hidden states, which needs the last one besides.
+        """
+        if self.polish_epochs and self.polish_reads_levels:
+            return len({*self.layer_map, teacher_blocks - 1})
+        return len(set(self.layer_map)) if self.schedule == "parallel_local" else 0
+
     def over_passes(
         self, kept: "Passes", streamed: "Passes", fresh: "Passes"
     ) -> "tuple[Passes, Passes]":

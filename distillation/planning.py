@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -52,11 +53,12 @@ def plan_training(
         free_disk(trainer.run.path),
         None if limit is None else int(limit * 1e9),
     )
-    levels = len(set(trainer.layer_map))
+    epochs = (epochs_per_block, head_epochs, polish_epochs)
+    work = _workload(trainer, positions, epochs)
+    levels = work.levels_at_once(teacher.num_blocks)
     all_levels = needed_bytes(positions, [widths[0]] * levels, config.activation_dtype)
-    levels_fit = cache.kind == "ram" and all_levels <= cache.budget_bytes
-    work = _workload(trainer, positions, (epochs_per_block, head_epochs, polish_epochs), levels_fit)
-    if config.schedule == "parallel_local" and levels_fit:
+    if cache.kind == "ram" and all_levels <= cache.budget_bytes:
+        work = replace(work, levels_fit=True)
         need = max(need, all_levels)
     costs = measure_costs(
         trainer.teacher_model,
@@ -107,7 +109,7 @@ def memory_explained(
             None if head is None else 1,
             int(polish is not None),
         )
-        work = _workload(trainer, positions, epochs, levels_fit=False)
+        work = _workload(trainer, positions, epochs)
         kept = trainer.activations.expected["ram"]
         raise memory_advice(said, trainer.teacher, trainer.student, work, kept) from error
 
@@ -116,7 +118,6 @@ def _workload(
     trainer: BackboneDistillationTrainer,
     positions: int,
     epochs: tuple[Sequence[int], int | None, int],
-    levels_fit: bool,
 ) -> Workload:
     """The data as the loader describes it, nothing is read from it; epochs of the three phases."""
     loader = trainer.train_dataloader
@@ -138,7 +139,6 @@ def _workload(
         layer_map=trainer.layer_map,
         schedule=trainer.config.schedule,
         freeze_previous=trainer.config.freeze_previous_blocks,
-        levels_fit=levels_fit,
         reads_teacher=trainer.shares_basis,
         reads_student=trainer.config.block_inputs != "teacher",
         passes=passes_of(loader),

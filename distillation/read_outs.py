@@ -11,6 +11,9 @@ from distillation.least_squares import LeastSquares
 from distillation.stages import set_stitch
 from stitching_layers import StitchingLayers
 
+READ_OUT_TOKENS = 16_384
+"""How many positions they are fitted on."""
+
 
 @torch.no_grad()
 def fit_read_outs(

@@ -31,6 +31,7 @@ from distillation.plan import (
     stitch_parameters,
 )
 from distillation.probe import Costs
+from distillation.read_outs import READ_OUT_TOKENS
 from distillation.scale_sizes import (
     DeviceMemory,
     Setup,
@@ -86,6 +87,8 @@ class ScalePlan:
             not.
         fit_bytes: In the host's memory, per device, while stitches are fitted at the end.
         spread_saves: Bytes per device that a spread teacher takes less than a whole one.
+        measuring_gathers: How often a block of a spread teacher is gathered for the audit and for
+            fitting stitches.
     """
 
     cluster: Cluster
@@ -99,6 +102,7 @@ class ScalePlan:
     audit_bytes: float
     fit_bytes: float
     spread_saves: float
+    measuring_gathers: int
 
     @property
     def seconds(self) -> float:
@@ -109,6 +113,12 @@ class ScalePlan:
     def peak(self) -> StageNeeds:
         """The stage that takes most memory."""
         return max(self.stages, key=lambda stage: stage.memory.total)
+
+    @property
+    def gathered_bytes(self) -> float:
+        """What each device receives of a spread teacher's blocks, in all."""
+        gathers = sum(stage.gathers for stage in self.stages) + self.measuring_gathers
+        return self.cluster.gathered(gathers * self.block_bytes)
 
     def table(self) -> str:
         """All of it as text."""
@@ -134,6 +144,9 @@ class ScalePlan:
             f"disk: {shown_bytes(int(self.disk_bytes))} of states per device;"
             f" {shown_bytes(int(self.output_bytes))} for checkpoints and the student",
         ]
+        if self.gathered_bytes:
+            received = shown_bytes(int(self.gathered_bytes))
+            lines.append(f"blocks of the teacher gathered: {received} per device")
         return "\n".join(lines)
 
     def _cells(self, stage: StageNeeds) -> tuple[str, ...]:
@@ -165,8 +178,10 @@ def plan_at_scale(
         batch_size=math.ceil(work.batch_size / cluster.count),
     )
     several = copies(work.batch_size, cluster.count, max(work.epochs_per_block))
-    cache, need, levels_fit = _kept(teacher, student, (work, local), cluster, setup, several)
-    local = replace(local, levels_fit=levels_fit)
+    cache, need, levels_need = _kept(teacher, student, (work, local), cluster, setup, several)
+    local = replace(local, levels_fit=levels_need is not None)
+    if work.schedule == "parallel_local":
+        need = max(need, levels_need or 0)
     costs = device_costs(teacher, student, local, cluster)
     if cache.kind != "off" and need <= cache.budget_bytes:
         # In other batches some rows are another process's, which runs the frozen blocks too.
@@ -176,7 +191,7 @@ def plan_at_scale(
             student_block=several * costs.student_block,
         )
     run = plan_run(teacher, student, local, costs, cache, need)
-    lay_out = _LayOut(teacher, student, work, local, cluster, setup, run)
+    lay_out = _LayOut(teacher, student, work, local, cluster, setup, run, levels_need or 0)
     stages = [lay_out.stage(index, own) for index, own in enumerate(run.stages)]
     whole, spread = (
         teacher_bytes(teacher, work, cluster, replace(setup, shards_teacher=shards))
@@ -191,9 +206,10 @@ def plan_at_scale(
         lay_out.block_bytes,
         run.kept_share * need if cache.kind == "disk" else 0.0,
         _output_bytes(teacher, student, work),
-        16.0 * (teacher.num_blocks + 1) * teacher.hidden_size**2 if setup.audits else 0.0,
-        fit_bytes(teacher, student) if setup.fits_read_outs else 0.0,
+        16.0 * (teacher.num_blocks + 1) * teacher.hidden_size**2 if setup.audit_tokens else 0.0,
+        fit_bytes(teacher, student) if setup.read_out_fits else 0.0,
         whole - spread,
+        _measuring_gathers(teacher, work, setup) if setup.shards_teacher else 0,
     )
 
 
@@ -204,8 +220,8 @@ def _kept(
     cluster: Cluster,
     setup: Setup,
     several: float,
-) -> tuple[CachePlan, int, bool]:
-    """Where a device keeps its states, what they take, and whether all levels fit at once.
+) -> tuple[CachePlan, int, int | None]:
+    """Where a device keeps its states, what they take, and all levels at once; None: do not fit.
 
     Args:
         teacher: The teacher.
@@ -228,12 +244,23 @@ def _kept(
         int(cluster.kind.disk_bytes),
         None if limit is None else limit // sharing,
     )
-    levels = len(set(work.layer_map))
+    levels = work.levels_at_once(teacher.num_blocks)
+    if work.polish_reads_levels:
+        several = max(several, copies(work.batch_size, cluster.count, work.polish_epochs))
+        positions = math.ceil(local.positions * several)
     all_levels = needed_bytes(positions, [setup.kept_widths[0]] * levels, setup.state_dtype)
     fits = cache.kind == "ram" and all_levels <= cache.budget_bytes
-    if work.schedule == "parallel_local" and fits:
-        need = max(need, all_levels)
-    return cache, need, fits
+    return cache, need, all_levels if fits else None
+
+
+def _measuring_gathers(teacher: BlockStack, work: Workload, setup: Setup) -> int:
+    """How often blocks are gathered for what is measured: every process sees whole batches."""
+
+    def batches(tokens: int) -> int:
+        return math.ceil(min(tokens, work.positions) / (work.batch_size * work.seq_len))
+
+    fits = setup.read_out_fits * batches(READ_OUT_TOKENS)
+    return batches(setup.audit_tokens) * teacher.num_blocks + fits * (work.layer_map[-1] + 1)
 
 
 def _output_bytes(teacher: BlockStack, student: BlockStack, work: Workload) -> int:
@@ -285,10 +312,12 @@ class _LayOut:
         cluster: Cluster,
         setup: Setup,
         run: RunPlan,
+        levels_bytes: int,
     ) -> None:
         self.teacher, self.student = teacher, student
         self.work, self.local = work, local
         self.cluster, self.setup, self.run = cluster, setup, run
+        self.levels_bytes = levels_bytes
         self.block_bytes = float(setup.teacher_itemsize * count_parameters(teacher.block(0)))
 
     def stage(self, index: int, own: StageEstimate) -> StageNeeds:
@@ -306,7 +335,7 @@ class _LayOut:
             student=student_bytes(self.teacher, self.student),
             training=float(ADAM_BYTES * trained),
             passing=float(self._passing(own.name, trained) + message),
-            states=share * self.run.cache_bytes if self.run.cache.kind == "ram" else 0.0,
+            states=self._states(own.name),
         )
         total = flops * self.cluster.count
         return StageNeeds(own.name, own.steps, total, seconds, memory, 4 * trained, gathers)
@@ -327,7 +356,8 @@ class _LayOut:
         """How often blocks of the teacher are gathered in a stage.
 
         In sequence and with all states kept, a stage runs the blocks between two targets, and they
-        stay whole from its first batch to its last.
+        stay whole from its first batch to its last. Where all levels are wanted at once, they run
+        for every batch, kept or not: some process nearly always has a row that was another's.
         """
         work, kept = self.work, self.run.kept_share == 1.0
         batches, steps = math.ceil(work.batches), own.steps
@@ -336,7 +366,7 @@ class _LayOut:
         target = work.layer_map[index]
         new = target - (work.layer_map[index - 1] if index else -1)
         if work.schedule == "parallel_local":
-            return new * (batches if self.local.levels_fit else steps)
+            return new * steps
         if kept or target < blocks_whole(work.layer_map):  # few enough to stay whole
             return new
         return steps * (target + 1)
@@ -346,7 +376,7 @@ class _LayOut:
         work, total = self.work, self.teacher.num_blocks
         if name == "polish":
             if work.polish_reads_levels:
-                return (batches if self.local.levels_fit else steps) * total
+                return steps * total
             return 0 if kept and work.head_epochs is not None else steps * total
         if work.schedule == "parallel_local" and kept:
             return batches * total
@@ -367,6 +397,14 @@ class _LayOut:
             learning = count_parameters(student.block(block))
             graph -= ADAM_BYTES * (learning + (outside_blocks(student) if block == 0 else 0))
         return states + graph
+
+    def _states(self, name: str) -> float:
+        """What is kept in memory."""
+        if self.run.cache.kind != "ram":
+            return 0.0
+        if name == "polish" and self.work.polish_reads_levels and self.local.levels_fit:
+            return float(self.levels_bytes)  # the others have made room
+        return self.run.kept_share * self.run.cache_bytes
 
     def _read_bytes(self) -> float:
         """What each step reads of states that are kept on a drive."""

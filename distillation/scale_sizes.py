@@ -24,8 +24,10 @@ class Setup:
         cache: "auto", "ram", "disk" or "off".
         cache_bytes: What states may take on a node; None is half of what is free.
         state_dtype: "fp32" or "bf16", of kept states.
-        audits: Whether the teacher's states are measured before the stages.
-        fits_read_outs: Whether the stitches are fitted again at the end.
+        audit_tokens: On how many tokens the teacher's states are measured before the stages; 0 if
+            they are not.
+        read_out_fits: How often all stitches are fitted again: at the end of the blocks, and of the
+            polish.
     """
 
     kept_widths: Sequence[int]
@@ -34,8 +36,8 @@ class Setup:
     cache: str = "auto"
     cache_bytes: int | None = None
     state_dtype: str = "fp32"
-    audits: bool = True
-    fits_read_outs: bool = True
+    audit_tokens: int = 0
+    read_out_fits: int = 0
 
 
 @dataclass(frozen=True)

@@ -239,6 +239,7 @@ def workload(
 def setup(arguments: argparse.Namespace, teacher: Any, student: Any) -> "Setup":
     """How the run is laid out."""
     from distillation.activations import state_width
+    from distillation.config import DistillationConfig
     from distillation.losses import DistillationLoss
     from distillation.scale_sizes import Setup
 
@@ -246,6 +247,12 @@ def setup(arguments: argparse.Namespace, teacher: Any, student: Any) -> "Setup":
     limit = arguments.activation_cache_gb
     standardises = DistillationLoss(arguments.distill_loss_type).needs_statistics
     shares_basis = arguments.block_inputs != "student"
+    audits = (
+        standardises
+        or shares_basis
+        or arguments.audit_tokens > 0
+        or arguments.init_from_teacher in ("pca", "slice")
+    )
     return Setup(
         kept_widths=[*widths, widths[0]] if shares_basis else widths,
         shards_teacher=arguments.shard_teacher,
@@ -253,9 +260,6 @@ def setup(arguments: argparse.Namespace, teacher: Any, student: Any) -> "Setup":
         cache=arguments.activation_cache,
         cache_bytes=None if limit is None else int(limit * 1e9),
         state_dtype=arguments.activation_dtype,
-        audits=standardises
-        or shares_basis
-        or arguments.audit_tokens > 0
-        or arguments.init_from_teacher in ("pca", "slice"),
-        fits_read_outs=(standardises and not shares_basis) or arguments.polish_epochs > 0,
+        audit_tokens=(arguments.audit_tokens or DistillationConfig.audit_tokens) if audits else 0,
+        read_out_fits=(standardises and not shares_basis) + (arguments.polish_epochs > 0),
     )

@@ -28,7 +28,7 @@ from distillation.losses import DistillationLoss
 from distillation.passing_states import PassingStates
 from distillation.pictures import draw_block
 from distillation.preflight import check_widths, needs_stitches
-from distillation.read_outs import fit_read_outs
+from distillation.read_outs import READ_OUT_TOKENS, fit_read_outs
 from distillation.shared_basis import BASES, find_basis
 from distillation.stages import BlockStage, Loss, Stage, standardises
 from distillation.teacher_init import init_from_teacher
@@ -41,7 +41,6 @@ from stitching_layers import StitchingLayer, StitchingLayers, stitches_to_bytes
 logger = logging.getLogger(__name__)
 
 STITCH_FIT_TOKENS = 16_384
-READ_OUT_TOKENS = 16_384
 CHAIN_TOKENS = 4096
 
 

@@ -96,6 +96,29 @@ def test_windows_are_found_in_any_order_and_under_any_padding() -> None:
     assert activations.bytes_kept == bytes_kept
 
 
+def test_levels_side_by_side_are_computed_for_unknown_windows_alone() -> None:
+    from distillation.passing_states import PassingStates
+
+    teacher = tiny_teacher()
+    passing = PassingStates(make(teacher, teacher), [0, 2])
+    streamed = make(teacher, teacher, 0)
+    rows = [0]
+
+    def count(module: Any, inputs: Any, output: Any) -> None:
+        rows[0] += len(inputs[0])
+
+    ids = torch.cat([raw["input_ids"] for raw in batches(2)])
+    hook = teacher.transformer.h[0].mlp.register_forward_hook(count)
+    for own, computed in ([0, 1, 2, 3], 4), ([6, 2, 5, 0], 6), ([5, 1, 3, 2], 6):
+        batch = as_batch({"input_ids": ids[own]})
+        found = [passing.teacher_output(block, batch) for block in (0, 2)]
+        assert rows[0] == computed
+        hook.remove()
+        for block, state in zip((0, 2), found, strict=True):
+            torch.testing.assert_close(state, streamed.teacher_output(block, batch))
+        hook = teacher.transformer.h[0].mlp.register_forward_hook(count)
+
+
 def test_memory_stays_in_its_budget_and_states_stay_right() -> None:
     teacher = tiny_teacher()
     row = 12 * 32 * 4

@@ -138,6 +138,28 @@ def test_kept_teacher_states_change_nothing(tmp_path: Path, cache: str) -> None:
     assert unchanged(reference, other) == set(reference)
 
 
+def test_the_levels_have_the_room_of_the_states_kept_before(tmp_path: Path) -> None:
+    def teacher_passes(epochs: int) -> int:
+        trainer = whole_trainer(
+            tmp_path / str(epochs),
+            tiny_student(),
+            activation_cache_gb=16 * 12 * (2 * 32) * 4 / 1e9,  # two levels of the teacher, just so
+            polish_hidden_weight=0.5,
+            audit_tokens=0,
+        )
+        calls = [0]
+
+        def count(*_: Any) -> None:
+            calls[0] += 1
+
+        teacher: Any = trainer.backbone_trainer.teacher_model
+        teacher.transformer.h[0].mlp.register_forward_hook(count)
+        trainer.train(1, 1e-3, polish_epochs=epochs)
+        return calls[0]
+
+    assert teacher_passes(1) == teacher_passes(3)
+
+
 @pytest.mark.parametrize("rate", [1.0, 1e-3])
 def test_a_rate_that_is_too_high_is_named(
     tmp_path: Path, rate: float, caplog: pytest.LogCaptureFixture

@@ -150,3 +150,5 @@ def test_what_is_free_is_asked_of_the_machine(
 def test_bytes_for_people() -> None:
     shown = [shown_bytes(size) for size in (0, 999, 1500, 20_000_000, 1_234_000_000, 50 * GB)]
     assert shown == ["0 bytes", "999 bytes", "1.5 kB", "20 MB", "1.23 GB", "50 GB"]
+    large = [shown_bytes(size) for size in (999_499, 999_600, 83_700 * 10**12)]
+    assert large == ["999 kB", "1 MB", "83.7 PB"]

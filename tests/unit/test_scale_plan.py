@@ -16,6 +16,7 @@ from cleangpt.errors import CleanGPTError
 from cleangpt.runtime.ranks import Ranks
 from cleangpt.structure import count_parameters
 from distillation.accelerators import ACCELERATORS, Accelerator, Cluster
+from distillation.cache_plan import shown_bytes
 from distillation.commands.scale import (
     PLAN_DEVICES,
     TEACHER_SHAPES,
@@ -124,6 +125,28 @@ def test_a_spread_teacher_takes_its_share_and_the_blocks_in_use() -> None:
     assert [stage.gathers for stage in streamed.stages] == [1, 27 * 3, BLOCKS + 9 * BLOCKS]
 
 
+def test_a_polish_taught_hidden_states_is_planned_for() -> None:
+    """Counted on two real processes in tests/integration/test_scaling_benchmark.py."""
+    work = dataclasses.replace(WORK, polish_epochs=2, polish_reads_levels=True)
+    how = {"shards_teacher": True, "audit_tokens": 100, "read_out_fits": 1}
+    plan = planned(work, **how)
+    # Rows change their process, so all blocks come by at each of 2 x 9 steps; once more before.
+    assert [stage.gathers for stage in plan.stages][2:] == [BLOCKS, BLOCKS + 18 * BLOCKS]
+    # 100 tokens are two batches of 96, and the stitches are fitted on all nine.
+    assert plan.measuring_gathers == 2 * BLOCKS + 9 * BLOCKS
+    received = (plan.measuring_gathers + sum(s.gathers for s in plan.stages)) * plan.block_bytes
+    assert plan.gathered_bytes == pytest.approx(0.75 * received)
+    assert f"blocks of the teacher gathered: {shown_bytes(int(0.75 * received))}" in plan.table()
+    # Two levels of the teacher lie side by side, and the states that rolled are gone.
+    per_row = 2 * WIDTH * 4 * copies(8, 4, 3)
+    assert plan.stages[-1].memory.states == pytest.approx(WORK.positions / 4 * per_row, rel=1e-3)
+    assert plan.audit_bytes == 2 * 8 * (BLOCKS + 1) * WIDTH**2
+    assert plan.fit_bytes == 8 * 2 * 17 * (17 + WIDTH)
+    small = dataclasses.replace(SETUP, cache_bytes=10**4)
+    without = plan_at_scale(*models(), work, FOUR, small)
+    assert without.stages[-1].memory.states == 10**4 / 2  # none fit: the others stay
+
+
 def test_a_stage_sums_what_it_trains() -> None:
     student = models()[1]
     polished = planned(dataclasses.replace(WORK, polish_epochs=1))
@@ -215,6 +238,8 @@ def test_the_page_has_the_plans_of_8b_and_70b(row: list[str]) -> None:
         assert shown in table, (shown, table)
     assert ("too much" in row[6]) == (plan.peak.memory.total > ACCELERATORS[device].memory_bytes)
     assert row[9] in table
+    gathered = f"blocks of the teacher gathered: {row[10]} per device"
+    assert (gathered if row[10] else "gathered:") in table if row[10] else "gathered:" not in table
 
 
 @pytest.mark.parametrize(("teacher", "billions"), [("llama-3-8b", 8.03), ("llama-3-70b", 70.6)])
