@@ -23,7 +23,7 @@ _GGUF_SCALING, _GGUF_SCALED = ".rope.scaling.type", ("rope_freqs.", "rope_factor
 _GGUF_FACTORS = (".rope.scaling.factor", ".rope.scale_linear")
 """Fields and tensors of rotary positions that are scaled (Llama 3.1 and later): transformers reads
 none that we know of, and the model would be another one. A factor without a type scales linearly,
-the second being its old name; 0 and 1 scale nothing."""
+the second being its old name; 0 and 1 scale nothing, nor does "linear" without a factor."""
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -151,17 +151,18 @@ def _check_gguf(path: Path) -> int:
 
 def _scaled_fields(reader: "_Gguf", fields: int) -> list[str]:
     """Walk over the fields; name those by which positions are scaled."""
-    scaled, unscaled = [], False
+    ways, factors = {}, []
     for _ in range(fields):
         name, kind = reader.string(), reader.number("<I")
         if name.endswith(_GGUF_SCALING) and kind == _GGUF_STRING:
-            unscaled = reader.string() == "none"
-            scaled += [name] * (not unscaled)
+            ways[name] = reader.string()
         elif name.endswith(_GGUF_FACTORS) and kind == _GGUF_FLOAT:
-            scaled += [name] * (reader.fraction() not in (0, 1))
+            factors += [name] * (reader.fraction() not in (0, 1))
         else:
             reader.skip_value(kind)
-    return [] if unscaled else scaled
+    if not ways:
+        return factors
+    return [name for name, way in ways.items() if way != "none" and (way != "linear" or factors)]
 
 
 class _Gguf:

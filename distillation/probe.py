@@ -176,6 +176,12 @@ def _measure(
     )
 
 
+def _synchronize() -> None:
+    """Wait for what an accelerator has been given to do."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def shortest(works: dict[str, Callable[[], object]]) -> dict[str, float]:
     """The seconds of each work at its best, after one run of each to warm up.
 
@@ -184,14 +190,14 @@ def shortest(works: dict[str, Callable[[], object]]) -> dict[str, float]:
     """
     for work in works.values():
         work()
+    _synchronize()
     best = dict.fromkeys(works, float("inf"))
     rounds, begun_at = 0, time.perf_counter()
     while rounds < 1 or (rounds < _ROUNDS and time.perf_counter() - begun_at < _SECONDS):
         for name, work in works.items():
             started_at = time.perf_counter()
             work()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            _synchronize()
             best[name] = min(best[name], time.perf_counter() - started_at)
         rounds += 1
     return best

@@ -25,7 +25,7 @@ def local_errors(run_dir: Path) -> dict[int, float]:
         stages: Any = _manifest(run_dir)["stages"]
         rows = [row for row in stages if row.get("block") is not None and row.get("steps")]
         found = {int(row["block"]): row["relative_error"] for row in rows}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError):
         return {}
     return {
         block: float(error)

@@ -295,7 +295,7 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
         logger.info(ROW, *COLUMNS)
         ways = {"parallel_local": self._train_together, "decoupled": self._train_apart}
         rows = ways.get(self.config.schedule, self._train_in_turn)(settings)
-        if self.shares_basis:
+        if any("chained_error" not in row for row in rows):
             self._chain(rows)
         fitted = len(self.learning_blocks) < len(rows)
         self.stitches_are_stale = not self.shares_basis and (
@@ -305,7 +305,7 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
         return rows
 
     def _chain(self, rows: list[dict[str, Any]]) -> None:
-        """Say how far each block is off in the chain of all, where it learnt on other inputs."""
+        """Say how far each block is off in the chain of all, if it did not learn in it."""
         known = self.journal.finished("chain")  # later stages change what would be measured
         if known is not None:
             found = known[0]["chained_errors"]
@@ -316,7 +316,7 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
             self.run.metrics.write("chain", chained_errors=found)
             self.journal.finish("chain", [{"chained_errors": found}])
         for row, error in zip(rows, found, strict=True):
-            row["chained_error"] = error
+            row.setdefault("chained_error", error)
         logger.info(
             "Relative errors where all blocks follow each other: %s",
             ", ".join(f"{error:.4g}" for error in found),
@@ -375,7 +375,8 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
     def _write_row(self, stage: BlockStage, result: StageResult) -> dict[str, Any]:
         row = block_row(stage, result)
         moved = self.config.schedule == "parallel_local" and stage.block > min(self.learning_blocks)
-        if self.config.freeze_previous_blocks and not (moved or self.shares_basis):
+        in_chain = self.config.freeze_previous_blocks and not (moved or self.shares_basis)
+        if in_chain and result.steps:
             row["chained_error"] = row["relative_error"]
         self.run.metrics.write("block", **row)
         self.run.add_stage(row)

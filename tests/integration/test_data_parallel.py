@@ -12,6 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -128,17 +129,20 @@ def test_every_schedule_and_cache(place: Path, schedule: str, cache: str) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
 @pytest.mark.parametrize("processes", [1, 3])
-def test_a_process_that_dies_stops_all_and_others_go_on(place: Path, processes: int) -> None:
-    """The launcher ends those that are left, unless they have seen it themselves by then."""
-    name, flags = f"dies {processes}", ("--resume", "--checkpoint_steps", "3")
+def test_a_process_that_dies_stops_all_and_others_go_on(
+    place: Path, processes: int, killed: int
+) -> None:
+    """The launcher ends those that are left, unless they have seen it themselves by then.
+
+    The first process is the one that writes checkpoints and the manifest.
+    """
+    name, flags = f"dies {processes} {killed}", ("--resume", "--checkpoint_steps", "3")
     words = [*command(place, name, TORCHRUN, 2), *flags]
     with subprocess.Popen(words, env=environment(), stderr=subprocess.PIPE, text=True) as launched:
         wait_for(place / name / "metrics.jsonl", 30)
-        found = subprocess.run(
-            ["pgrep", "-P", str(launched.pid)], capture_output=True, text=True, check=True
-        )
-        os.kill(int(found.stdout.split()[-1]), signal.SIGKILL)
+        os.kill(process_of_rank(killed, launched.pid), signal.SIGKILL)
         said = launched.communicate(timeout=120)[1]
     assert launched.returncode != 0
     causes = re.findall("^error: (.*)$", said, re.MULTILINE)
@@ -148,9 +152,18 @@ def test_a_process_that_dies_stops_all_and_others_go_on(place: Path, processes: 
     manifest = json.loads((place / name / "manifest.json").read_text())
     assert manifest["status"] in ("running", "failed", "stopped")
     others = TORCHRUN if processes > 1 else ()
-    assert_same(
-        run(place, f"straight {processes}", (), 1), run(place, name, others, processes, *flags)
-    )
+    assert_same(run(place, f"straight {name}", (), 1), run(place, name, others, processes, *flags))
+
+
+def process_of_rank(rank: int, launcher: int) -> int:
+    """Which of a launcher's processes has this rank."""
+    found = [
+        child.pid
+        for child in psutil.Process(launcher).children()
+        if child.environ().get("RANK") == str(rank)
+    ]
+    assert len(found) == 1
+    return found[0]
 
 
 @pytest.mark.slow

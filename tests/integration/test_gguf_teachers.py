@@ -171,6 +171,7 @@ def told_of_positions(
     ("told", "positions"),
     [
         ("llama.rope.scaling.type", {"scaling": "linear", "scaling__factor": 4.0}),
+        ("llama.rope.scaling.type", {"scaling": "yarn", "scaling__factor": 1.0}),
         ("llama.rope.scaling.factor", {"scaling__factor": 4.0}),
         ("llama.rope.scale_linear", {"scale_linear": 0.5}),
         ("rope_freqs.weight", {"scaling": "none", "tensor": True}),
@@ -188,7 +189,13 @@ def test_scaled_rotary_positions_are_refused(
 
 
 @pytest.mark.parametrize(
-    "positions", [{"scaling__factor": 1.0}, {"scaling": "none", "scale_linear": 4.0}]
+    "positions",
+    [
+        {"scaling__factor": 1.0},
+        {"scaling": "none", "scale_linear": 4.0},
+        {"scaling": "linear"},
+        {"scaling": "linear", "scaling__factor": 1.0},
+    ],
 )
 def test_positions_that_are_not_scaled_are_let_through(
     positions: dict[str, Any], tmp_path: Path

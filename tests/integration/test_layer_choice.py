@@ -79,7 +79,7 @@ def test_a_map_begins_its_groups_with_the_dearest_blocks() -> None:
 
 
 def test_the_command_measures_once_and_goes_on_with_what_it_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from distillation.commands.distil import distil
     from distillation.commands.settings import parse_arguments
@@ -95,7 +95,9 @@ def test_the_command_measures_once_and_goes_on_with_what_it_found(
     flags += ["--output_dir", str(tmp_path / "run")]
     found = iter([(0.9, 0.1, 0.5), (0.9, 0.5, 0.1)])
     monkeypatch.setattr("distillation.block_costs.block_costs", lambda *_: next(found))
+    caplog.set_level("INFO")
     distil(parse_arguments([*flags, "--checkpoint_steps", "1"]))
+    assert "Student block -> teacher block: {0: 1, 1: 2}" in caplog.text
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["layer_map"] == [1, 2]
     results, _ = distil(parse_arguments([*flags, "--checkpoint_steps", "1", "--resume"]))

@@ -17,7 +17,7 @@ from distillation.evaluation.hidden_states import (
     measure_blocks,
 )
 from distillation.evaluation.scoring_windows import Window, plan_windows, window_batches
-from distillation.evaluation.training_record import local_errors
+from distillation.evaluation.training_record import local_errors, saved_layer_map
 from stitching_layers import StitchingLayers
 
 IDS = torch.randint(0, 67, (130,), generator=torch.Generator().manual_seed(5)).tolist()
@@ -160,6 +160,9 @@ def test_stitches_of_another_run_are_refused(stitches: tuple[Any, int, int]) -> 
         '{"stages": [{"block": 0, "steps": 2}]}',
         '{"stages": [{"block": 0, "steps": 0, "relative_error": 0.5}]}',
         '{"stages": [{"block": 0, "steps": 2, "relative_error": null}]}',
+        '{"stages": [{"block": 1e999, "steps": 2, "relative_error": 0.5}]}',
+        '{"stages": [{"block": "one", "steps": 2, "relative_error": 0.5}]}',
+        '{"stages": [{"block": 0, "steps": 2, "relative_error": 1e999}]}',
     ],
 )
 def test_local_errors_that_are_not_recorded_are_none(manifest: Any, tmp_path: Path) -> None:
@@ -170,3 +173,23 @@ def test_local_errors_that_are_not_recorded_are_none(manifest: Any, tmp_path: Pa
         '{"stages": [{"block": 1, "steps": 2, "relative_error": 0.5}, {"stage": "lm-head"}]}'
     )
     assert local_errors(tmp_path) == {1: 0.5}
+
+
+@pytest.mark.parametrize(
+    ("saved", "found"),
+    [
+        ("[0, 2]", (0, 2)),
+        ("[]", None),
+        ("[1e999]", None),
+        ("[true]", None),
+        ('"12"', None),
+        ("{}", None),
+        ("null", None),
+    ],
+)
+def test_a_damaged_layer_map_is_none(saved: str, found: Any, tmp_path: Path) -> None:
+    assert saved_layer_map(tmp_path) is None
+    (tmp_path / "manifest.json").write_text(f'{{"layer_map": {saved}}}')
+    assert saved_layer_map(tmp_path) == found
+    (tmp_path / "manifest.json").write_text('{"layer_map": [0, ')
+    assert saved_layer_map(tmp_path) is None

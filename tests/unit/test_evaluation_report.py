@@ -71,6 +71,22 @@ def test_all_files_are_written_and_nothing_else(result: Any, tmp_path: Path) -> 
             assert name in paths["report.md"].read_text()
 
 
+def test_what_swapped_blocks_cost_has_a_picture(result: Any, tmp_path: Path) -> None:
+    costs = [(0, 0.1, 0.1), (1, 0.2, 0.5)]
+    mixed = json.loads(json.dumps(result))
+    mixed["hidden_states"]["hybrids"] = [
+        {"student_block": block, "kl_alone": alone, "kl_chained": chained}
+        for block, alone, chained in costs
+    ]
+    paths = write_report(mixed, tmp_path)
+    picture = paths["hybrids.png"].read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert "![" in paths["report.md"].read_text()
+    assert "hybrids.png" in paths["report.md"].read_text()
+    mixed["hidden_states"]["hybrids"][1]["kl_chained"] = 0.9
+    assert write_report(mixed, tmp_path / "more")["hybrids.png"].read_bytes() != picture
+
+
 def test_hostile_text_is_escaped_and_cut(hostile: Any, tmp_path: Path) -> None:
     paths = write_report(hostile, tmp_path)
     page = paths["report.html"].read_text(encoding="utf-8")
