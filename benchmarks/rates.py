@@ -5,6 +5,7 @@ computes and moves is the best of many short tries, since other work on the mach
 what it sends is the usual of them, since waiting for each other is part of it.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from benchmarks.cases import Shape
 from cleangpt.runtime.ranks import Ranks
 
 _REPEATS = 25
@@ -39,18 +41,25 @@ class Rates:
     gathered: float = 0.0
 
 
-def measure_rates(ranks: Ranks, gradients: Sequence[Tensor], shards: Any, block: int) -> Rates:
+def measure_rates(
+    ranks: Ranks, shape: Shape, gradients: Sequence[Tensor], shards: Any, block: int
+) -> Rates:
     """Measure this process; all processes of a run at once.
 
     Args:
         ranks: The processes.
+        shape: Sizes of what is trained.
         gradients: Tensors of the shapes of a block's gradients.
         shards: The spread blocks of the teacher; None if it is whole.
         block: Bytes of one of them.
     """
-    left, right = torch.randn(1024, 256), torch.randn(256, 1024)
+    # What an MLP of a student block does with this process's rows.
+    rows = math.ceil(shape.batch_size / ranks.count) * shape.seq_len
+    left = torch.randn(rows, shape.student_width)
+    right = torch.randn(shape.student_width, 4 * shape.student_width)
+    operations = 2 * left.numel() * right.shape[1]
+    flops = operations / min(times_of(lambda: torch.mm(left, right), ranks))
     source, target = torch.empty(_COPIED), torch.empty(_COPIED)
-    flops = 2 * 1024 * 256 * 1024 / min(times_of(lambda: torch.mm(left, right), ranks))
     memory = 2 * source.nbytes / min(times_of(lambda: target.copy_(source), ranks))
     summed = gathered = 0.0
     if ranks.count > 1:

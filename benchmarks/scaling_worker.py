@@ -99,7 +99,7 @@ def run(task: Task) -> Counts:
     block = sum(parameter.nbytes for parameter in BlockStack(teacher).block(0).parameters())
     learning = BlockStack(student).block(1).parameters()
     gradients = [torch.zeros_like(parameter) for parameter in learning]
-    counts.rates = measure_rates(ranks, gradients, shards, block)
+    counts.rates = measure_rates(ranks, task.shape, gradients, shards, block)
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # give back what making the models took
         ctypes.CDLL("libc.so.6").malloc_trim(0)

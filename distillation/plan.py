@@ -233,12 +233,13 @@ def memory_parts(
         work: What is trained on.
         kept_bytes: Frozen states that are kept in memory.
     """
+    stitch = stitch_parameters(teacher, student)
     training = max(stage_memory(student, work, block) for block in range(student.num_blocks))
     if work.head_epochs is not None:
         training = max(training, head_memory(student, work))
     if work.polish_epochs:
-        training = max(training, polish_memory(student, work))
-    stitch = stitch_parameters(teacher, student)
+        others = (student.num_blocks - 1) * work.polish_reads_levels  # of the stitches
+        training = max(training, polish_memory(student, work) + ADAM_BYTES * others * stitch)
     frozen = work.teacher_bytes
     if frozen is None:
         frozen = sum(parameter.nbytes for parameter in teacher.model.parameters())

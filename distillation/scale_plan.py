@@ -245,9 +245,10 @@ def _kept(
         None if limit is None else limit // sharing,
     )
     levels = work.levels_at_once(teacher.num_blocks)
+    epochs = max(work.epochs_per_block) if work.schedule == "parallel_local" else 0
     if work.polish_reads_levels:
-        several = max(several, copies(work.batch_size, cluster.count, work.polish_epochs))
-        positions = math.ceil(local.positions * several)
+        epochs = max(epochs, work.polish_epochs)
+    positions = math.ceil(local.positions * copies(work.batch_size, cluster.count, epochs))
     all_levels = needed_bytes(positions, [setup.kept_widths[0]] * levels, setup.state_dtype)
     fits = cache.kind == "ram" and all_levels <= cache.budget_bytes
     return cache, need, all_levels if fits else None
@@ -334,7 +335,7 @@ class _LayOut:
             teacher=teacher_bytes(self.teacher, self.work, self.cluster, self.setup),
             student=student_bytes(self.teacher, self.student),
             training=float(ADAM_BYTES * trained),
-            passing=float(self._passing(own.name, trained) + message),
+            passing=float(self._passing(own.name) + message),
             states=self._states(own.name),
         )
         total = flops * self.cluster.count
@@ -345,11 +346,12 @@ class _LayOut:
         head = head_parameters(self.student)
         if name == "lm-head":
             return head
+        stitch = stitch_parameters(self.teacher, self.student)
         if name == "polish":
-            return count_parameters(self.student.model) + head
+            stitches = self.student.num_blocks * stitch if self.work.polish_reads_levels else 0
+            return count_parameters(self.student.model) + head + stitches
         block = int(name.removeprefix("block-"))
-        own = count_parameters(self.student.block(block))
-        own += stitch_parameters(self.teacher, self.student)
+        own = count_parameters(self.student.block(block)) + stitch
         return own + (outside_blocks(self.student) if block == 0 else 0)
 
     def gathers(self, index: int, own: StageEstimate) -> int:
@@ -382,14 +384,15 @@ class _LayOut:
             return batches * total
         return total - 1 - work.layer_map[-1] if kept else steps * total
 
-    def _passing(self, name: str, trained: int) -> int:
+    def _passing(self, name: str) -> int:
         """What a batch's states take on their way, and the graph of what learns."""
         work, student = self.local, self.student
         states = states_memory(self.teacher, student, work)
         if name == "lm-head":
             graph = chunk_memory(student, work)
         elif name == "polish":
-            graph = polish_memory(student, work) - ADAM_BYTES * trained
+            learning = count_parameters(student.model) + head_parameters(student)
+            graph = polish_memory(student, work) - ADAM_BYTES * learning
         else:
             block = int(name.removeprefix("block-"))
             alone = replace(work, schedule="sequential", freeze_previous=True)

@@ -138,8 +138,8 @@ def test_a_polish_taught_hidden_states_is_planned_for() -> None:
     assert plan.gathered_bytes == pytest.approx(0.75 * received)
     assert f"blocks of the teacher gathered: {shown_bytes(int(0.75 * received))}" in plan.table()
     # Two levels of the teacher lie side by side, and the states that rolled are gone.
-    per_row = 2 * WIDTH * 4 * copies(8, 4, 3)
-    assert plan.stages[-1].memory.states == pytest.approx(WORK.positions / 4 * per_row, rel=1e-3)
+    per_row = 2 * WIDTH * 4 * copies(8, 4, 2)
+    assert plan.stages[-1].memory.states == pytest.approx(WORK.positions / 4 * per_row, rel=1e-2)
     assert plan.audit_bytes == 2 * 8 * (BLOCKS + 1) * WIDTH**2
     assert plan.fit_bytes == 8 * 2 * 17 * (17 + WIDTH)
     small = dataclasses.replace(SETUP, cache_bytes=10**4)
@@ -155,6 +155,8 @@ def test_a_stage_sums_what_it_trains() -> None:
     assert first == count_parameters(student.block(0)) + STITCH + outside_blocks(student)
     assert head == VOCAB * 16
     assert polish == count_parameters(student.model) + VOCAB * 16
+    taught = dataclasses.replace(WORK, polish_epochs=1, polish_reads_levels=True)
+    assert planned(taught).stages[-1].reduced_bytes // 4 == polish + 2 * STITCH
     assert polished.stages[1].memory.training == 12 * second
 
 
@@ -201,7 +203,7 @@ def test_a_large_teacher_is_planned_for_from_its_shape_alone(tmp_path: Path) -> 
 SHAPES = {
     "8B": ("llama-3-8b", "h100", 16, 2048, 16, ()),
     "70B, spread": (
-        *("llama-3-70b", "h200", 20, 4096, 32),
+        *("llama-3-70b", "h200", 16, 4096, 32),
         ("--shard_teacher", "--activation_cache", "disk"),
     ),
 }
