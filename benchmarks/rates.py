@@ -53,14 +53,7 @@ def measure_rates(
         shards: The spread blocks of the teacher; None if it is whole.
         block: Bytes of one of them.
     """
-    # What an MLP of a student block does with this process's rows.
-    rows = math.ceil(shape.batch_size / ranks.count) * shape.seq_len
-    left = torch.randn(rows, shape.student_width)
-    right = torch.randn(shape.student_width, 4 * shape.student_width)
-    operations = 2 * left.numel() * right.shape[1]
-    flops = operations / min(times_of(lambda: torch.mm(left, right), ranks))
-    source, target = torch.empty(_COPIED), torch.empty(_COPIED)
-    memory = 2 * source.nbytes / min(times_of(lambda: target.copy_(source), ranks))
+    flops, memory = own_rates(ranks, shape)
     summed = gathered = 0.0
     if ranks.count > 1:
         sent = 2 * (ranks.count - 1) / ranks.count * sum(tensor.nbytes for tensor in gradients)
@@ -74,6 +67,22 @@ def measure_rates(
 
         gathered = 2 * received / statistics.median(times_of(gather_two, ranks))
     return Rates(flops, memory, summed, gathered)
+
+
+def own_rates(ranks: Ranks, shape: Shape) -> tuple[float, float]:
+    """What this process computes and moves per second, while the others do so too.
+
+    Args:
+        ranks: The processes.
+        shape: Sizes of what is trained: an MLP of a student block gets this process's rows.
+    """
+    rows = math.ceil(shape.batch_size / ranks.count) * shape.seq_len
+    left = torch.randn(rows, shape.student_width)
+    right = torch.randn(shape.student_width, 4 * shape.student_width)
+    operations = 2 * left.numel() * right.shape[1]
+    flops = operations / min(times_of(lambda: torch.mm(left, right), ranks))
+    source, target = torch.empty(_COPIED), torch.empty(_COPIED)
+    return flops, 2 * source.nbytes / min(times_of(lambda: target.copy_(source), ranks))
 
 
 def times_of(work: Callable[[], object], ranks: Ranks) -> list[float]:

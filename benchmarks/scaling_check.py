@@ -74,8 +74,8 @@ def measure_check(shape: Shape, repeats: int) -> Section:
         plans = [planned(case, own, share, gathering(found.rates)) for share in efficiency]
         add_rows(section, case, plans, found, calibrates=calibrates)
     section.notes += [
-        "Rates of process 0, measured in each run while all its processes measure: products of a"
-        f" block's shape, memory, sums of a block's gradients, gathering a block."
+        "Rates of process 0, measured at both ends of each run while all its processes measure:"
+        f" products of a block's shape, memory, sums of a block's gradients, gathering a block."
         f" {'; '.join(said)}.",
         f"Efficiency {efficiency[0]:.2f} of time and {efficiency[1]:.2f} of processor time, from"
         " the first run, whose times are therefore no predictions. Processor time is that of the"
