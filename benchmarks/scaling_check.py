@@ -20,9 +20,9 @@ from cleangpt.blocks import BlockStack
 from cleangpt.runtime.memory import free_memory
 from distillation.accelerators import Accelerator, Cluster
 from distillation.layer_map import uniform_layer_map
-from distillation.plan import Workload
 from distillation.scale_plan import ScalePlan, plan_at_scale
 from distillation.scale_sizes import Setup
+from distillation.workload import Workload
 
 TOLERANCE = 0.2
 

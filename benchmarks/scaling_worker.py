@@ -196,7 +196,8 @@ def count_sums(counts: Counts) -> None:
 def watch_sums(counts: Counts) -> None:
     """Look at the float64 matrices whenever a model tells the states of all its levels.
 
-    Only the audit, before any stage, and the fits of all stitches, after them, ask for those.
+    The audit asks for those before any stage; fits of all stitches, and what is told of a chain of
+    blocks, after them.
     """
     states_of = BlockStack.block_hidden_states
 

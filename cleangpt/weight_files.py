@@ -159,6 +159,7 @@ def _scaled_fields(reader: "_Gguf", fields: int) -> list[str]:
         elif name.endswith(_GGUF_FACTORS) and kind == _GGUF_FLOAT:
             factors += [name] * (reader.fraction() not in (0, 1))
         else:
+            factors += [name] * name.endswith(_GGUF_FACTORS)  # of a kind it never is
             reader.skip_value(kind)
     if not ways:
         return factors

@@ -14,6 +14,7 @@ decides between them in ``cache_plan``.
 
 import contextlib
 import logging
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,7 +62,7 @@ class Activations:
         self.teacher = teacher
         self.student = student
         self._is_open = False
-        self._own_positions = 0
+        self._positions = 0
         self._budget_bytes = budget_bytes
         self.expected = {"ram": 0, "disk": 0}
         self._keep_in_memory(budget_bytes, torch.float32)
@@ -92,7 +93,7 @@ class Activations:
         if self._is_open:
             yield
             return
-        self._own_positions = (positions or 0) // _sharing_rows(config)
+        self._positions = positions or 0
         plan = self.plan(config, folder, positions)
         logger.info("Frozen states are kept %s.", plan.reason)
         if plan.kind == "disk":
@@ -142,7 +143,8 @@ class Activations:
         disk.
         """
         dtype = self._teacher_states.store.dtype
-        need = self._own_positions * levels * self.teacher.hidden_size * dtype.itemsize
+        own = math.ceil(self._positions / launched(os.environ)[1])
+        need = own * levels * self.teacher.hidden_size * dtype.itemsize
         fits = isinstance(self._teacher_states.store, RamStore) and need <= self._budget.limit
         if fits:
             self.forget()
@@ -179,11 +181,12 @@ class Activations:
         setting = cache_setting(config.activation_cache, config.keep_activations)
         limit = config.activation_cache_gb
         widths = kept_widths(self.teacher, self.student, config.block_inputs)
-        sharing = on_this_machine(os.environ)
+        processes, sharing = launched(os.environ)[1], on_this_machine(os.environ)
         need = None
         if positions is not None:
-            whole = needed_bytes(positions, widths, config.activation_dtype)
-            need = whole // _sharing_rows(config)
+            # Each process keeps the windows that it computes, and decoupled that is all of them.
+            sharing_rows = 1 if config.schedule == "decoupled" else processes
+            need = needed_bytes(positions, widths, config.activation_dtype) // sharing_rows
         plan = plan_cache(
             setting,
             need,
@@ -230,11 +233,6 @@ class Activations:
         if shards is not None:
             return StatesInStep(self.teacher, store, shards)
         return RollingStates(self.teacher, store, learns=False)
-
-
-def _sharing_rows(config: DistillationConfig) -> int:
-    """How many processes share the windows: each keeps those that it computes."""
-    return 1 if config.schedule == "decoupled" else launched(os.environ)[1]
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from cleangpt.blocks import BlockStack
 from cleangpt.errors import InputError, UsageError
 from cleangpt.runtime.module_state import preserved_modes
 from distillation.audit_text import audit_table
-from distillation.batch import Batch
+from distillation.batch import Batch, in_parts
 from distillation.losses import TargetStatistics
 from distillation.losses.divergence import at_least_float32
 from distillation.losses.target_statistics import token_normalised
@@ -167,7 +167,7 @@ def audit_teacher(
     sums = [_LevelSums() for _ in range(teacher.num_blocks + 1)]
     with preserved_modes(teacher.model):
         teacher.model.eval()
-        for batch in batches:
+        for batch in in_parts(batches):
             states = teacher.block_hidden_states(batch.input_ids, batch.mask)
             is_first = _first_positions(batch)
             for own, state in zip(sums, states, strict=True):

@@ -1,7 +1,7 @@
 """What a training batch is, and what a user's DataLoader may yield."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,6 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cleangpt.errors import InputError
+
+MEASURED_AT_ONCE = 4096
+"""Positions of which the states of all levels are in memory at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,3 +110,18 @@ def rows_of(batch: Batch, rows: list[int]) -> Batch:
         batch.host_ids[rows],
         batch.host_mask[rows],
     )
+
+
+def in_parts(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Batches cut into parts of ``MEASURED_AT_ONCE`` positions, or one window if that is longer.
+
+    For what looks at all levels of a model at once: those of a large batch fill any device.
+    """
+    for batch in batches:
+        windows, seq_len = batch.input_ids.shape
+        size = max(1, MEASURED_AT_ONCE // max(1, seq_len))
+        if size >= windows:
+            yield batch
+            continue
+        for start in range(0, windows, size):
+            yield rows_of(batch, list(range(start, min(start + size, windows))))

@@ -5,7 +5,8 @@ from dataclasses import replace
 from cleangpt.blocks import BlockStack
 from cleangpt.errors import OutOfMemory
 from distillation.cache_plan import shown_bytes
-from distillation.plan import Workload, memory_parts
+from distillation.plan import memory_parts
+from distillation.workload import Workload
 
 
 def memory_advice(

@@ -21,9 +21,10 @@ from distillation.cache_plan import (
 )
 from distillation.memory_advice import memory_advice
 from distillation.passes import passes_of
-from distillation.plan import RunPlan, Workload, plan_run
+from distillation.plan import RunPlan, plan_run
 from distillation.probe import measure_costs, shrunk
 from distillation.trainers.backbone_trainer import BackboneDistillationTrainer
+from distillation.workload import Workload
 
 
 def plan_training(
@@ -143,5 +144,6 @@ def _workload(
         reads_student=trainer.config.block_inputs != "teacher",
         passes=passes_of(loader),
         polish_reads_levels=trainer.config.polish_hidden_weight > 0,
+        trains_stitches=trainer.trains_stitches and trainer.is_stitched,
         teacher_bytes=bytes_on(trainer.device, trainer.teacher_model),
     )

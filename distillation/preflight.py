@@ -13,7 +13,6 @@ from cleangpt.runtime.module_state import preserved_modes
 from cleangpt.runtime.ranks import Ranks
 from cleangpt.vocabulary import token_rows
 from distillation.batch import Batch
-from distillation.config import DistillationConfig
 
 logger = logging.getLogger(__name__)
 
@@ -96,14 +95,19 @@ def check_widths(teacher: BlockStack, student: BlockStack, *, stitched: bool) ->
         )
 
 
-def needs_stitches(teacher: BlockStack, student: BlockStack, config: DistillationConfig) -> bool:
+def needs_stitches(teacher: BlockStack, student: BlockStack, settings: Any) -> bool:
     """Whether blocks learn through stitches.
 
     The states of a student that starts from the teacher, and is as wide, start as the teacher's
     own: a stitch would only let them drift away from what the copied weights expect.
+
+    Args:
+        teacher: The teacher.
+        student: The student.
+        settings: Has ``use_stitching_layers``, ``stitch_equal_widths`` and ``init_from_teacher``.
     """
-    as_wide = student.hidden_size == teacher.hidden_size and config.init_from_teacher != "none"
-    return config.use_stitching_layers and (config.stitch_equal_widths or not as_wide)
+    as_wide = student.hidden_size == teacher.hidden_size and settings.init_from_teacher != "none"
+    return bool(settings.use_stitching_layers and (settings.stitch_equal_widths or not as_wide))
 
 
 def number_blocks(student: BlockStack) -> None:

@@ -6,7 +6,7 @@ import torch
 
 from cleangpt.blocks import BlockStack
 from cleangpt.runtime.module_state import preserved_modes
-from distillation.batch import Batch
+from distillation.batch import Batch, in_parts
 from distillation.least_squares import LeastSquares
 from distillation.stages import set_stitch
 from stitching_layers import StitchingLayers
@@ -36,7 +36,7 @@ def fit_read_outs(
     with preserved_modes(teacher.model, student.model):
         teacher.model.eval()
         student.model.eval()
-        for batch in batches:
+        for batch in in_parts(batches):
             targets = teacher.block_hidden_states(
                 batch.input_ids, batch.mask, stop_after=max(like.layer_map)
             )

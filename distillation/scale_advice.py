@@ -33,7 +33,7 @@ def advice(plan: ScalePlan, batch_size: int, setup: Setup) -> list[str]:
             f" --batch_size {count} or more"
         )
     lines.append(_cache_advice(plan))
-    if plan.audit_bytes + plan.peak.memory.teacher > room:
+    if plan.audit_memory > room:
         lines.append(
             f"audit: its sums take {shown_bytes(int(plan.audit_bytes))} per device beside the"
             " teacher, which does not fit: --recipe tutorial --audit_tokens 0"

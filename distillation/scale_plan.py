@@ -14,60 +14,33 @@ from cleangpt.blocks import BlockStack
 from cleangpt.metrics_log import format_seconds
 from cleangpt.structure import count_parameters
 from distillation.accelerators import Cluster
-from distillation.cache_plan import CachePlan, needed_bytes, plan_cache, shown_bytes
+from distillation.cache_plan import CachePlan, shown_bytes
 from distillation.disk_needs import disk_needs, trains_whole_student
 from distillation.plan import (
-    ADAM_BYTES,
     RunPlan,
-    StageEstimate,
-    Workload,
     block_flops,
-    chunk_memory,
     head_parameters,
     plan_run,
-    polish_memory,
-    stage_memory,
-    states_memory,
     stitch_parameters,
 )
 from distillation.probe import Costs
 from distillation.read_outs import READ_OUT_TOKENS
 from distillation.scale_sizes import (
-    DeviceMemory,
+    KeptStates,
     Setup,
-    blocks_whole,
-    copies,
     fit_bytes,
+    kept_states,
+    measured_bytes,
     outside_blocks,
-    student_bytes,
+    positions_at_once,
     teacher_bytes,
 )
+from distillation.scale_stages import LayOut, StageNeeds
+from distillation.trainers.block_rows import CHAIN_TOKENS
+from distillation.workload import Workload
 
 _OPTIMIZER_TRAFFIC = 28
 """Bytes AdamW moves per parameter: weight, gradient and two moments in, all but one of them out."""
-
-
-@dataclass(frozen=True)
-class StageNeeds:
-    """One stage.
-
-    Args:
-        name: The stage's name.
-        steps: Optimizer steps.
-        flops: Operations of all devices.
-        seconds: How long it takes.
-        memory: On each device.
-        reduced_bytes: The message that all devices sum up in each step.
-        gathers: How often a block of a spread teacher is gathered in the whole stage.
-    """
-
-    name: str
-    steps: int
-    flops: float
-    seconds: float
-    memory: DeviceMemory
-    reduced_bytes: int
-    gathers: int
 
 
 @dataclass(frozen=True)
@@ -87,8 +60,9 @@ class ScalePlan:
             not.
         fit_bytes: In the host's memory, per device, while stitches are fitted at the end.
         spread_saves: Bytes per device that a spread teacher takes less than a whole one.
-        measuring_gathers: How often a block of a spread teacher is gathered for the audit and for
-            fitting stitches.
+        measuring_gathers: How often a block of a spread teacher is gathered for the audit, for
+            fitting stitches and for the errors of the chain.
+        measured_bytes: States of all levels, of the positions that are measured at once.
     """
 
     cluster: Cluster
@@ -103,6 +77,7 @@ class ScalePlan:
     fit_bytes: float
     spread_saves: float
     measuring_gathers: int
+    measured_bytes: float
 
     @property
     def seconds(self) -> float:
@@ -113,6 +88,12 @@ class ScalePlan:
     def peak(self) -> StageNeeds:
         """The stage that takes most memory."""
         return max(self.stages, key=lambda stage: stage.memory.total)
+
+    @property
+    def audit_memory(self) -> float:
+        """What lies on each device while the teacher is measured; 0 if it is not."""
+        weights = self.peak.memory.teacher + self.peak.memory.student
+        return self.audit_bytes and self.audit_bytes + self.measured_bytes + weights
 
     @property
     def gathered_bytes(self) -> float:
@@ -144,6 +125,8 @@ class ScalePlan:
             f"disk: {shown_bytes(int(self.disk_bytes))} of states per device;"
             f" {shown_bytes(int(self.output_bytes))} for checkpoints and the student",
         ]
+        if self.audit_bytes:
+            lines.append(f"the audit before them: {shown_bytes(int(self.audit_memory))} per device")
         if self.gathered_bytes:
             received = shown_bytes(int(self.gathered_bytes))
             lines.append(f"blocks of the teacher gathered: {received} per device")
@@ -177,21 +160,10 @@ def plan_at_scale(
         positions=math.ceil(work.positions / cluster.count),
         batch_size=math.ceil(work.batch_size / cluster.count),
     )
-    several = copies(work.batch_size, cluster.count, max(work.epochs_per_block))
-    cache, need, levels_need = _kept(teacher, student, (work, local), cluster, setup, several)
-    local = replace(local, levels_fit=levels_need is not None)
-    if work.schedule == "parallel_local":
-        need = max(need, levels_need or 0)
-    costs = device_costs(teacher, student, local, cluster)
-    if cache.kind != "off" and need <= cache.budget_bytes:
-        # In other batches some rows are another process's, which runs the frozen blocks too.
-        costs = replace(
-            costs,
-            teacher_block=several * costs.teacher_block,
-            student_block=several * costs.student_block,
-        )
-    run = plan_run(teacher, student, local, costs, cache, need)
-    lay_out = _LayOut(teacher, student, work, local, cluster, setup, run, levels_need or 0)
+    kept = kept_states(teacher, student, (work, local), cluster, setup)
+    local = replace(local, levels_fit=kept.levels is not None)
+    run = _run_of_a_device(teacher, student, local, cluster, kept)
+    lay_out = LayOut(teacher, student, (work, local), cluster, setup, run, kept)
     stages = [lay_out.stage(index, own) for index, own in enumerate(run.stages)]
     whole, spread = (
         teacher_bytes(teacher, work, cluster, replace(setup, shards_teacher=shards))
@@ -200,68 +172,53 @@ def plan_at_scale(
     return ScalePlan(
         cluster,
         stages,
-        cache,
-        need,
+        kept.cache,
+        run.cache_bytes,
         run.kept_share,
         lay_out.block_bytes,
-        run.kept_share * need if cache.kind == "disk" else 0.0,
+        run.kept_share * run.cache_bytes if kept.cache.kind == "disk" else 0.0,
         _output_bytes(teacher, student, work),
         16.0 * (teacher.num_blocks + 1) * teacher.hidden_size**2 if setup.audit_tokens else 0.0,
         fit_bytes(teacher, student) if setup.read_out_fits else 0.0,
         whole - spread,
         _measuring_gathers(teacher, work, setup) if setup.shards_teacher else 0,
+        measured_bytes(teacher, work, setup),
     )
 
 
-def _kept(
-    teacher: BlockStack,
-    student: BlockStack,
-    works: tuple[Workload, Workload],
-    cluster: Cluster,
-    setup: Setup,
-    several: float,
-) -> tuple[CachePlan, int, int | None]:
-    """Where a device keeps its states, what they take, and all levels at once; None: do not fit.
+def _run_of_a_device(
+    teacher: BlockStack, student: BlockStack, local: Workload, cluster: Cluster, kept: KeptStates
+) -> RunPlan:
+    """Count one device's share of every stage."""
+    costs = device_costs(teacher, student, local, cluster)
+    together = local.schedule == "parallel_local"
+    need = max(kept.rolling, kept.levels or 0) if together else kept.rolling
 
-    Args:
-        teacher: The teacher.
-        student: The student.
-        works: What all devices are trained on, and what one is.
-        cluster: The devices.
-        setup: How the run is laid out.
-        several: On how many devices each row's states are kept.
-    """
-    work, local = works
-    positions = math.ceil(local.positions * several)
-    need = needed_bytes(positions, setup.kept_widths, setup.state_dtype)
-    weights = teacher_bytes(teacher, work, cluster, setup) + student_bytes(teacher, student)
-    # The setting counts what all processes of a machine take together.
-    sharing, limit = min(cluster.kind.per_node, cluster.count), setup.cache_bytes
-    cache = plan_cache(
-        setup.cache,
-        need,
-        max(0, int(cluster.kind.memory_bytes - weights)),
-        int(cluster.kind.disk_bytes),
-        None if limit is None else limit // sharing,
-    )
-    levels = work.levels_at_once(teacher.num_blocks)
-    epochs = max(work.epochs_per_block) if work.schedule == "parallel_local" else 0
-    if work.polish_reads_levels:
-        epochs = max(epochs, work.polish_epochs)
-    positions = math.ceil(local.positions * copies(work.batch_size, cluster.count, epochs))
-    all_levels = needed_bytes(positions, [setup.kept_widths[0]] * levels, setup.state_dtype)
-    fits = cache.kind == "ram" and all_levels <= cache.budget_bytes
-    return cache, need, all_levels if fits else None
+    def planned(times: float) -> RunPlan:
+        """With so many devices computing the frozen states of each row."""
+        passes = {
+            "teacher_block": times * costs.teacher_block,
+            "student_block": times * costs.student_block,
+        }
+        return plan_run(teacher, student, local, replace(costs, **passes), kept.cache, need)
+
+    of_levels = 1.0 if kept.levels is None else kept.level_copies
+    rolls = kept.cache.kind != "off" and kept.rolling <= kept.cache.budget_bytes
+    run = planned(of_levels if together else kept.copies if rolls else 1.0)
+    if local.polish_epochs and local.polish_reads_levels:
+        run.stages[-1] = planned(of_levels).stages[-1]
+    return run
 
 
 def _measuring_gathers(teacher: BlockStack, work: Workload, setup: Setup) -> int:
-    """How often blocks are gathered for what is measured: every process sees whole batches."""
+    """How often blocks are gathered for what is measured: every process sees all of it."""
 
-    def batches(tokens: int) -> int:
-        return math.ceil(min(tokens, work.positions) / (work.batch_size * work.seq_len))
+    def parts(tokens: int) -> int:
+        return math.ceil(min(tokens, work.positions) / positions_at_once(work))
 
-    fits = setup.read_out_fits * batches(READ_OUT_TOKENS)
-    return batches(setup.audit_tokens) * teacher.num_blocks + fits * (work.layer_map[-1] + 1)
+    fits = setup.read_out_fits * parts(READ_OUT_TOKENS)
+    fits += 0 if work.learns_in_chain else parts(CHAIN_TOKENS)
+    return parts(setup.audit_tokens) * teacher.num_blocks + fits * (work.layer_map[-1] + 1)
 
 
 def _output_bytes(teacher: BlockStack, student: BlockStack, work: Workload) -> int:
@@ -299,120 +256,3 @@ def device_costs(
         first_block_step=step + update(block + outside_blocks(student)),
         head_step=heads / cluster.flops + update(head_parameters(student)),
     )
-
-
-class _LayOut:
-    """One device's share of every stage."""
-
-    def __init__(
-        self,
-        teacher: BlockStack,
-        student: BlockStack,
-        work: Workload,
-        local: Workload,
-        cluster: Cluster,
-        setup: Setup,
-        run: RunPlan,
-        levels_bytes: int,
-    ) -> None:
-        self.teacher, self.student = teacher, student
-        self.work, self.local = work, local
-        self.cluster, self.setup, self.run = cluster, setup, run
-        self.levels_bytes = levels_bytes
-        self.block_bytes = float(setup.teacher_itemsize * count_parameters(teacher.block(0)))
-
-    def stage(self, index: int, own: StageEstimate) -> StageNeeds:
-        """What one stage needs."""
-        gathers = self.gathers(index, own) if self.setup.shards_teacher else 0
-        seconds = self.run.seconds_of(own)
-        seconds += self.cluster.gathered(gathers * self.block_bytes) / self.cluster.gathering
-        seconds += own.steps * self._read_bytes() / self.cluster.kind.disk_rate
-        share = self.run.kept_share
-        flops = share * own.flops[0] + (1 - share) * own.flops[1]
-        trained = self.trained(own.name)
-        message = 4 * trained if self.cluster.count > 1 else 0  # gradients side by side
-        memory = DeviceMemory(
-            teacher=teacher_bytes(self.teacher, self.work, self.cluster, self.setup),
-            student=student_bytes(self.teacher, self.student),
-            training=float(ADAM_BYTES * trained),
-            passing=float(self._passing(own.name) + message),
-            states=self._states(own.name),
-        )
-        total = flops * self.cluster.count
-        return StageNeeds(own.name, own.steps, total, seconds, memory, 4 * trained, gathers)
-
-    def trained(self, name: str) -> int:
-        """Parameters that learn in a stage: the size of what is summed up over the devices."""
-        head = head_parameters(self.student)
-        if name == "lm-head":
-            return head
-        stitch = stitch_parameters(self.teacher, self.student)
-        if name == "polish":
-            stitches = self.student.num_blocks * stitch if self.work.polish_reads_levels else 0
-            return count_parameters(self.student.model) + head + stitches
-        block = int(name.removeprefix("block-"))
-        own = count_parameters(self.student.block(block)) + stitch
-        return own + (outside_blocks(self.student) if block == 0 else 0)
-
-    def gathers(self, index: int, own: StageEstimate) -> int:
-        """How often blocks of the teacher are gathered in a stage.
-
-        In sequence and with all states kept, a stage runs the blocks between two targets, and they
-        stay whole from its first batch to its last. Where all levels are wanted at once, they run
-        for every batch, kept or not: some process nearly always has a row that was another's.
-        """
-        work, kept = self.work, self.run.kept_share == 1.0
-        batches, steps = math.ceil(work.batches), own.steps
-        if own.name in ("polish", "lm-head"):
-            return self.teacher.num_blocks + self._logit_gathers(own.name, batches, steps, kept)
-        target = work.layer_map[index]
-        new = target - (work.layer_map[index - 1] if index else -1)
-        if work.schedule == "parallel_local":
-            return new * steps
-        if kept or target < blocks_whole(work.layer_map):  # few enough to stay whole
-            return new
-        return steps * (target + 1)
-
-    def _logit_gathers(self, name: str, batches: int, steps: int, kept: bool) -> int:
-        """The same of head and polish, besides one pass that looks at how the head computes."""
-        work, total = self.work, self.teacher.num_blocks
-        if name == "polish":
-            if work.polish_reads_levels:
-                return steps * total
-            return 0 if kept and work.head_epochs is not None else steps * total
-        if work.schedule == "parallel_local" and kept:
-            return batches * total
-        return total - 1 - work.layer_map[-1] if kept else steps * total
-
-    def _passing(self, name: str) -> int:
-        """What a batch's states take on their way, and the graph of what learns."""
-        work, student = self.local, self.student
-        states = states_memory(self.teacher, student, work)
-        if name == "lm-head":
-            graph = chunk_memory(student, work)
-        elif name == "polish":
-            learning = count_parameters(student.model) + head_parameters(student)
-            graph = polish_memory(student, work) - ADAM_BYTES * learning
-        else:
-            block = int(name.removeprefix("block-"))
-            alone = replace(work, schedule="sequential", freeze_previous=True)
-            graph = stage_memory(student, alone, block)
-            learning = count_parameters(student.block(block))
-            graph -= ADAM_BYTES * (learning + (outside_blocks(student) if block == 0 else 0))
-        return states + graph
-
-    def _states(self, name: str) -> float:
-        """What is kept in memory."""
-        if self.run.cache.kind != "ram":
-            return 0.0
-        if name == "polish" and self.work.polish_reads_levels and self.local.levels_fit:
-            return float(self.levels_bytes)  # the others have made room
-        return self.run.kept_share * self.run.cache_bytes
-
-    def _read_bytes(self) -> float:
-        """What each step reads of states that are kept on a drive."""
-        if self.run.cache.kind != "disk":
-            return 0.0
-        tokens = self.local.batch_size * self.local.seq_len
-        per_step = needed_bytes(tokens, self.setup.kept_widths, self.setup.state_dtype)
-        return self.run.kept_share * per_step

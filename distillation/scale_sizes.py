@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from cleangpt.blocks import BlockStack
 from cleangpt.structure import count_parameters
 from distillation.accelerators import Cluster
-from distillation.plan import Workload, head_parameters, stitch_parameters
+from distillation.batch import MEASURED_AT_ONCE
+from distillation.cache_plan import CachePlan, needed_bytes, plan_cache
+from distillation.plan import head_parameters, stitch_parameters
+from distillation.workload import Workload
 
 _POINTS = [(index + 0.5) / 200 for index in range(200)]
 
@@ -131,3 +134,74 @@ def fit_bytes(teacher: BlockStack, student: BlockStack) -> float:
     """The float64 sums of all stitches' regressions, in the host's memory."""
     width = student.hidden_size + 1
     return 8.0 * student.num_blocks * width * (width + teacher.hidden_size)
+
+
+@dataclass(frozen=True)
+class KeptStates:
+    """The frozen states that a device keeps.
+
+    Args:
+        cache: Where they lie.
+        rolling: Bytes of one level of each model, of all rows that the device sees.
+        copies: On how many devices each row is seen, and computed.
+        levels: Bytes of all levels that a stage wants at once; None if they do not fit into memory.
+        level_copies: On how many devices each row is seen in that stage.
+    """
+
+    cache: CachePlan
+    rolling: int
+    copies: float
+    levels: int | None
+    level_copies: float
+
+
+def kept_states(
+    teacher: BlockStack,
+    student: BlockStack,
+    works: tuple[Workload, Workload],
+    cluster: Cluster,
+    setup: Setup,
+) -> KeptStates:
+    """Where a device keeps which states, and what they take.
+
+    Args:
+        teacher: The teacher.
+        student: The student.
+        works: What all devices are trained on, and what one is.
+        cluster: The devices.
+        setup: How the run is laid out.
+    """
+    work, local = works
+    block_epochs = max(work.epochs_per_block)
+    level_epochs = block_epochs if work.schedule == "parallel_local" else 0
+    if work.polish_reads_levels:
+        level_epochs = max(level_epochs, work.polish_epochs)
+    several, of_levels = (
+        copies(work.batch_size, cluster.count, epochs) for epochs in (block_epochs, level_epochs)
+    )
+    need = needed_bytes(math.ceil(local.positions * several), setup.kept_widths, setup.state_dtype)
+    weights = teacher_bytes(teacher, work, cluster, setup) + student_bytes(teacher, student)
+    # The setting counts what all processes of a machine take together.
+    sharing, limit = min(cluster.kind.per_node, cluster.count), setup.cache_bytes
+    cache = plan_cache(
+        setup.cache,
+        need,
+        max(0, int(cluster.kind.memory_bytes - weights)),
+        int(cluster.kind.disk_bytes),
+        None if limit is None else limit // sharing,
+    )
+    widths = [setup.kept_widths[0]] * work.levels_at_once(teacher.num_blocks)
+    levels = needed_bytes(math.ceil(local.positions * of_levels), widths, setup.state_dtype)
+    fits = cache.kind == "ram" and levels <= cache.budget_bytes
+    return KeptStates(cache, need, several, levels if fits else None, of_levels)
+
+
+def positions_at_once(work: Workload) -> int:
+    """Of how many positions all levels are measured at once, on every device."""
+    return max(1, min(work.batch_size, MEASURED_AT_ONCE // work.seq_len)) * work.seq_len
+
+
+def measured_bytes(teacher: BlockStack, work: Workload, setup: Setup) -> float:
+    """States of all levels of these positions, and one level's in float32 and float64 twice."""
+    per_channel = (teacher.num_blocks + 1) * setup.teacher_itemsize + 24
+    return float(positions_at_once(work) * teacher.hidden_size * per_channel)

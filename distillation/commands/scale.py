@@ -10,9 +10,9 @@ from cleangpt.cli import CommandParser, positive_float, positive_int, probabilit
 from cleangpt.errors import InputError, UsageError
 
 if TYPE_CHECKING:
-    from distillation.plan import Workload
     from distillation.scale_plan import ScalePlan
     from distillation.scale_sizes import Setup
+    from distillation.workload import Workload
 
 PLAN_DEVICES = ("a100", "h100", "h200", "b200")
 _LLAMA_3 = {
@@ -212,7 +212,8 @@ def workload(
     """What is trained on, and how often."""
     from distillation.config import spread
     from distillation.layer_map import choose_layer_map, standing_in
-    from distillation.plan import Workload
+    from distillation.preflight import needs_stitches
+    from distillation.workload import Workload
 
     blocks = student.num_blocks
     epochs = spread("epochs_per_block", arguments.epochs_per_block, blocks)
@@ -233,6 +234,9 @@ def workload(
         reads_teacher=arguments.block_inputs != "student",
         reads_student=arguments.block_inputs != "teacher",
         polish_reads_levels=arguments.polish_hidden_weight > 0,
+        trains_stitches=arguments.train_stitches
+        and arguments.block_inputs == "student"
+        and needs_stitches(teacher, student, arguments),
     )
 
 

@@ -24,14 +24,11 @@ def local_errors(run_dir: Path) -> dict[int, float]:
     try:
         stages: Any = _manifest(run_dir)["stages"]
         rows = [row for row in stages if row.get("block") is not None and row.get("steps")]
-        found = {int(row["block"]): row["relative_error"] for row in rows}
+        known = [row for row in rows if isinstance(row["relative_error"], int | float)]
+        found = {int(row["block"]): float(row["relative_error"]) for row in known}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError):
         return {}
-    return {
-        block: float(error)
-        for block, error in found.items()
-        if isinstance(error, int | float) and math.isfinite(error)
-    }
+    return {block: error for block, error in found.items() if math.isfinite(error)}
 
 
 def saved_layer_map(run_dir: Path) -> tuple[int, ...] | None:

@@ -41,7 +41,6 @@ from stitching_layers import StitchingLayer, StitchingLayers, stitches_to_bytes
 logger = logging.getLogger(__name__)
 
 STITCH_FIT_TOKENS = 16_384
-CHAIN_TOKENS = 4096
 
 
 class BackboneDistillationTrainer(BaseDistillationTrainer):
@@ -311,16 +310,17 @@ class BackboneDistillationTrainer(BaseDistillationTrainer):
             found = known[0]["chained_errors"]
         else:
             stages = [self._stage(block, self.activations) for block in range(len(rows))]
+            moved = self.config.schedule == "parallel_local"  # what enters blocks that rest
+            for block in set(range(len(rows))) - set(self.learning_blocks) if moved else ():
+                self._start_stitch(stages[block])
             with self.precision.autocast(self.device):
-                found = self.ranks.from_main(chained_errors(stages, self.batches(0), CHAIN_TOKENS))
+                found = self.ranks.from_main(chained_errors(stages, self.batches(0)))
             self.run.metrics.write("chain", chained_errors=found)
             self.journal.finish("chain", [{"chained_errors": found}])
         for row, error in zip(rows, found, strict=True):
             row.setdefault("chained_error", error)
-        logger.info(
-            "Relative errors where all blocks follow each other: %s",
-            ", ".join(f"{error:.4g}" for error in found),
-        )
+        shown = ", ".join(f"{error:.4g}" for error in found)
+        logger.info("Relative errors where all blocks follow each other: %s", shown)
 
     def _train_in_turn(self, settings: list[StageSettings]) -> list[dict[str, Any]]:
         return [self._train_block(block, own) for block, own in enumerate(settings)]

@@ -7,13 +7,15 @@ from typing import Any
 import torch
 
 from cleangpt.runtime.module_state import preserved_modes
-from distillation.batch import Batch
+from distillation.batch import Batch, in_parts
 from distillation.fit_statistics import FitStatistics
 from distillation.stages import BlockStage, comparable
 from distillation.trainers.stage_loop import StageResult
 
 ROW = "%5s  %7s  %10s  %10s  %10s  %14s  %8s  %s"
 COLUMNS = ("block", "teacher", "first", "best", "last", "relative error", "seconds", "")
+CHAIN_TOKENS = 4096
+"""How many positions the errors of the chain are measured on."""
 
 
 def block_row(stage: BlockStage, result: StageResult) -> dict[str, Any]:
@@ -56,7 +58,7 @@ def shown_row(row: dict[str, Any]) -> tuple[Any, ...]:
 
 @torch.no_grad()
 def chained_errors(
-    stages: Sequence[BlockStage], batches: Iterable[Batch], max_tokens: int
+    stages: Sequence[BlockStage], batches: Iterable[Batch], max_tokens: int = CHAIN_TOKENS
 ) -> list[float]:
     """The relative error of each block's states where all blocks follow each other.
 
@@ -73,7 +75,7 @@ def chained_errors(
     with preserved_modes(student.model, teacher.model):
         student.model.eval()
         teacher.model.eval()
-        for batch in batches:
+        for batch in in_parts(batches):
             states = student.block_hidden_states(batch.input_ids, batch.mask)
             targets = teacher.block_hidden_states(batch.input_ids, batch.mask, stop_after=last)
             compared = batch.without_first(stages[0].first_position)

@@ -119,6 +119,34 @@ def test_levels_side_by_side_are_computed_for_unknown_windows_alone() -> None:
         hook = teacher.transformer.h[0].mlp.register_forward_hook(count)
 
 
+def test_what_looks_at_all_levels_gets_a_large_batch_in_parts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from cleangpt.blocks import BlockStack
+    from distillation.audit import audit_teacher
+
+    teacher = BlockStack(tiny_teacher())
+    raw = batches(1, batch_size=7)[0]
+    batch = as_batch({**raw, "attention_mask": torch.arange(84).reshape(7, 12) % 5})
+    whole = audit_teacher(teacher, [batch])
+    monkeypatch.setattr("distillation.batch.MEASURED_AT_ONCE", 30)
+    seen: list[int] = []
+    teacher.model.transformer.h[0].mlp.register_forward_hook(
+        lambda module, inputs, output: seen.append(len(inputs[0]))
+    )
+    parts = audit_teacher(teacher, [batch])
+    assert seen == [2, 2, 2, 1]
+    assert parts.tokens == whole.tokens
+    for own, other in zip(parts.levels, whole.levels, strict=True):
+        assert own.rms == pytest.approx(other.rms)
+        assert own.token_norms == pytest.approx(other.token_norms)
+        torch.testing.assert_close(own.floors, other.floors)
+    seen.clear()
+    monkeypatch.setattr("distillation.batch.MEASURED_AT_ONCE", 5)  # a window is never cut
+    assert audit_teacher(teacher, [batch], max_tokens=20).tokens < whole.tokens
+    assert set(seen) == {1}
+
+
 def test_memory_stays_in_its_budget_and_states_stay_right() -> None:
     teacher = tiny_teacher()
     row = 12 * 32 * 4

@@ -5,6 +5,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -153,6 +154,35 @@ def test_a_process_that_dies_stops_all_and_others_go_on(
     assert manifest["status"] in ("running", "failed", "stopped")
     others = TORCHRUN if processes > 1 else ()
     assert_same(run(place, f"straight {name}", (), 1), run(place, name, others, processes, *flags))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_process_that_is_left_says_that_another_has_died(place: Path, killed: int) -> None:
+    """Without a launcher, which would end it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    name = f"left {killed}"
+    words = [*command(place, name, (), 1), "--resume", "--checkpoint_steps", "3"]
+    both = []
+    for rank in range(2):
+        own = {**environment(), **group, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        both.append(subprocess.Popen(words, env=own, stderr=subprocess.PIPE, text=True))
+    try:
+        wait_for(place / name / "metrics.jsonl", 30)
+        both[killed].kill()
+        said = both[1 - killed].communicate(timeout=120)[1]
+    finally:
+        for process in both:
+            process.kill()
+            process.communicate()
+    assert both[1 - killed].returncode == 5, said
+    cause, remedy = said.strip().splitlines()[-2:]
+    assert cause.startswith("error: another process of this run has died, or does not answer: ")
+    assert remedy.startswith("fix: See what it says")
+    assert_same(run(place, f"straight {name}", (), 1), run(place, name, (), 1, *words[-3:]))
 
 
 def process_of_rank(rank: int, launcher: int) -> int:

@@ -150,14 +150,20 @@ def test_files_that_cannot_be_read_are_refused_in_two_lines(
 
 
 def told_of_positions(
-    path: Path, scaling: str | None = None, *, tensor: bool = False, **fractions: float
+    path: Path,
+    scaling: str | None = None,
+    *,
+    tensor: bool = False,
+    wide: bool = False,
+    **fractions: float,
 ) -> Path:
     """A GGUF file with no more than what it says about rotary positions."""
     writer = gguf.GGUFWriter(path, "llama")
     if scaling:
         writer.add_string("llama.rope.scaling.type", scaling)
     for name, value in fractions.items():
-        writer.add_float32(f"llama.rope.{name.replace('__', '.')}", value)
+        add = writer.add_float64 if wide else writer.add_float32
+        add(f"llama.rope.{name.replace('__', '.')}", value)
     if tensor:
         writer.add_tensor("rope_freqs.weight", np.ones(4, dtype=np.float32))
     writer.write_header_to_file()
@@ -172,6 +178,7 @@ def told_of_positions(
     [
         ("llama.rope.scaling.type", {"scaling": "linear", "scaling__factor": 4.0}),
         ("llama.rope.scaling.type", {"scaling": "yarn", "scaling__factor": 1.0}),
+        ("llama.rope.scaling.type", {"scaling": "linear", "scaling__factor": 4.0, "wide": True}),
         ("llama.rope.scaling.factor", {"scaling__factor": 4.0}),
         ("llama.rope.scale_linear", {"scale_linear": 0.5}),
         ("rope_freqs.weight", {"scaling": "none", "tensor": True}),

@@ -12,8 +12,9 @@ import torch
 from cleangpt.blocks import BlockStack
 from cleangpt.errors import UsageError
 from distillation.cache_plan import CachePlan
-from distillation.plan import RunPlan, Workload, block_flops, plan_run
+from distillation.plan import RunPlan, block_flops, plan_run
 from distillation.probe import Costs, shrunk
+from distillation.workload import Workload
 from tests.builders import FAMILIES, STUDENTS, VOCAB, WIDTH, batches, tiny_student, tiny_teacher
 
 COSTS = Costs(

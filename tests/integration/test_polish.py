@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from distillation import DistillationTrainer
 from distillation.trainers import PolishDistillationTrainer
@@ -139,11 +140,19 @@ def test_kept_teacher_states_change_nothing(tmp_path: Path, cache: str) -> None:
 
 
 def test_the_levels_have_the_room_of_the_states_kept_before(tmp_path: Path) -> None:
-    def teacher_passes(epochs: int) -> int:
+    class Counted(list[Any]):
+        num_tokens = 16 * 12
+
+    rows = [{k: v[row] for k, v in raw.items()} for raw in batches() for row in range(4)]
+    data = DataLoader(Counted(rows), batch_size=4)  # type: ignore[arg-type]
+
+    def teacher_passes(epochs: int, missing: int = 0) -> int:
+        two_levels = 16 * 12 * (2 * 32) * 4
         trainer = whole_trainer(
-            tmp_path / str(epochs),
+            tmp_path / f"{epochs} {missing}",
             tiny_student(),
-            activation_cache_gb=16 * 12 * (2 * 32) * 4 / 1e9,  # two levels of the teacher, just so
+            data=data,
+            activation_cache_gb=(two_levels - missing + 0.5) / 1e9,
             polish_hidden_weight=0.5,
             audit_tokens=0,
         )
@@ -158,6 +167,7 @@ def test_the_levels_have_the_room_of_the_states_kept_before(tmp_path: Path) -> N
         return calls[0]
 
     assert teacher_passes(1) == teacher_passes(3)
+    assert teacher_passes(3, missing=1) - teacher_passes(1, missing=1) == 2 * len(data)
 
 
 @pytest.mark.parametrize("rate", [1.0, 1e-3])

@@ -20,6 +20,7 @@ CASES = [
     Case("disk", SHAPE, 2, shards=True, options={"activation_cache": "disk"}),
     Case("none", SHAPE, 2, shards=True, options={"activation_cache": "off"}),
     Case("together", SHAPE, 2, options={"schedule": "parallel_local"}),
+    Case("together, spread", SHAPE, 2, shards=True, options={"schedule": "parallel_local"}),
     Case("polished", SHAPE, 2, shards=True, polish_epochs=2, options=TAUGHT),
     Case(
         *("polished, none", SHAPE, 2, True, 2),

@@ -163,6 +163,8 @@ def test_stitches_of_another_run_are_refused(stitches: tuple[Any, int, int]) -> 
         '{"stages": [{"block": 1e999, "steps": 2, "relative_error": 0.5}]}',
         '{"stages": [{"block": "one", "steps": 2, "relative_error": 0.5}]}',
         '{"stages": [{"block": 0, "steps": 2, "relative_error": 1e999}]}',
+        '{"stages": [{"block": 0, "steps": 2, "relative_error": 1' + 400 * "0" + "}]}",
+        '{"stages": [{"block": 0, "steps": 2, "relative_error": {}}]}',
     ],
 )
 def test_local_errors_that_are_not_recorded_are_none(manifest: Any, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,11 @@ from distillation.commands.scale import (
     plan_for_cluster,
 )
 from distillation.commands.settings import parse_arguments
-from distillation.plan import Workload, block_flops
+from distillation.plan import block_flops
 from distillation.scale_advice import advice
 from distillation.scale_plan import ScalePlan, device_costs, plan_at_scale
 from distillation.scale_sizes import Setup, blocks_whole, copies, outside_blocks
+from distillation.workload import Workload
 from model import get_model_class
 from tests.builders import BLOCKS, VOCAB, WIDTH, tiny_student, tiny_teacher
 from tests.contract.source_tree import ROOT
@@ -134,6 +136,15 @@ def test_a_polish_taught_hidden_states_is_planned_for() -> None:
     assert [stage.gathers for stage in plan.stages][2:] == [BLOCKS, BLOCKS + 18 * BLOCKS]
     # 100 tokens are two batches of 96, and the stitches are fitted on all nine.
     assert plan.measuring_gathers == 2 * BLOCKS + 9 * BLOCKS
+    apart = planned(dataclasses.replace(work, reads_teacher=True), **how)
+    assert apart.measuring_gathers == 2 * BLOCKS + 2 * 9 * BLOCKS  # the errors of the chain
+    # A large batch is measured in parts: 4096 positions are 341 windows of 12.
+    large = dataclasses.replace(work, batch_size=1000, positions=10**6, batches=84.0)
+    assert planned(large, **how).measuring_gathers == BLOCKS + math.ceil(16_384 / 4092) * BLOCKS
+    states = 96 * WIDTH * ((BLOCKS + 1) * 4 + 24)
+    assert plan.measured_bytes == states
+    weights = plan.peak.memory.teacher + plan.peak.memory.student
+    assert plan.audit_memory == plan.audit_bytes + states + weights
     received = (plan.measuring_gathers + sum(s.gathers for s in plan.stages)) * plan.block_bytes
     assert plan.gathered_bytes == pytest.approx(0.75 * received)
     assert f"blocks of the teacher gathered: {shown_bytes(int(0.75 * received))}" in plan.table()
@@ -157,6 +168,9 @@ def test_a_stage_sums_what_it_trains() -> None:
     assert polish == count_parameters(student.model) + VOCAB * 16
     taught = dataclasses.replace(WORK, polish_epochs=1, polish_reads_levels=True)
     assert planned(taught).stages[-1].reduced_bytes // 4 == polish + 2 * STITCH
+    fixed = dataclasses.replace(taught, trains_stitches=False)
+    assert planned(fixed).stages[-1].reduced_bytes // 4 == polish
+    assert planned(fixed).stages[1].reduced_bytes // 4 == second - STITCH
     assert polished.stages[1].memory.training == 12 * second
 
 
@@ -240,6 +254,11 @@ def test_the_page_has_the_plans_of_8b_and_70b(row: list[str]) -> None:
         assert shown in table, (shown, table)
     assert ("too much" in row[6]) == (plan.peak.memory.total > ACCELERATORS[device].memory_bytes)
     assert row[9] in table
+    audit = re.search(r"the audit before them: (.*) GB", table)
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    told = page[page.index("the audit takes") :][:200].replace("\n", " ")
+    assert audit
+    assert re.search(rf"\b{re.escape(audit[1])}\b", told), (audit[1], told)
     gathered = f"blocks of the teacher gathered: {row[10]} per device"
     assert (gathered if row[10] else "gathered:") in table if row[10] else "gathered:" not in table
 
