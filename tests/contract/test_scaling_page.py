@@ -1,0 +1,34 @@
+"""The page about many devices tells of the plan's check what the check has found."""
+
+import json
+from collections import defaultdict
+
+import pytest
+
+from tests.contract.source_tree import ROOT
+
+WORDS = {
+    "peak memory": "peak memory of a process",
+    "processor time": "processor time of the training thread",
+}
+
+
+def found_ranges() -> dict[str, list[float]]:
+    """Predicted over measured, by the page's word for the quantity."""
+    path = ROOT / "benchmarks" / "results" / "scaling-check.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["sections"]["check"]["rows"]
+    ranges = defaultdict(list)
+    for _, quantity, _, _, ratio, holds in rows:
+        if holds != "measured on it":
+            name = quantity.rsplit(",", 1)[0]
+            ranges[WORDS.get(name, name)].append(ratio)
+    return dict(ranges)
+
+
+@pytest.mark.parametrize("quantity", sorted(found_ranges()))
+def test_the_page_tells_what_the_check_found(quantity: str) -> None:
+    ratios = found_ranges()[quantity]
+    low, high = f"{min(ratios):.2f}", f"{max(ratios):.2f}"
+    told = low if low == high else f"{low} to {high}"
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    assert f"| {quantity} | {len(ratios)} | {told} |" in page
