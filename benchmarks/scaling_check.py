@@ -204,7 +204,6 @@ def add_rows(
     steps = sum(stage.steps * stage.reduced_bytes for stage in plan.stages)
     on_disk = plan.cache.kind == "disk"
     states = plan.disk_bytes if on_disk else max(s.memory.states for s in plan.stages)
-    blocks = (sum(s.gathers for s in plan.stages) + plan.measuring_gathers) * plan.block_bytes
     rows = [
         ("gradients and moments, MB", max(s.memory.training for s in plan.stages),
          max(found.training), 1e6),
@@ -212,7 +211,7 @@ def add_rows(
         ("states on disk, MB", plan.disk_bytes, found.disk, 1e6),
         ("peak memory, MB", plan.peak.memory.total, found.peak, 1e6),
         ("summed over processes, MB", steps if case.processes > 1 else 0, found.reduced, 1e6),
-        ("blocks gathered, MB", blocks, found.gathered, 1e6),
+        ("blocks gathered, MB", plan.gathers * plan.block_bytes, found.gathered, 1e6),
         ("sums of the audit, MB", plan.audit_bytes, found.audit, 1e6),
         ("sums of the stitches' fit, MB", plan.fit_bytes, found.fit, 1e6),
         ("time, s", plan.seconds, found.seconds, 1.0),

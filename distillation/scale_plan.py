@@ -96,10 +96,14 @@ class ScalePlan:
         return self.audit_bytes and self.audit_bytes + self.measured_bytes + weights
 
     @property
+    def gathers(self) -> int:
+        """How often a block of a spread teacher is gathered, in all."""
+        return sum(stage.gathers for stage in self.stages) + self.measuring_gathers
+
+    @property
     def gathered_bytes(self) -> float:
         """What each device receives of a spread teacher's blocks, in all."""
-        gathers = sum(stage.gathers for stage in self.stages) + self.measuring_gathers
-        return self.cluster.gathered(gathers * self.block_bytes)
+        return self.cluster.gathered(self.gathers * self.block_bytes)
 
     def table(self) -> str:
         """All of it as text."""
@@ -202,9 +206,11 @@ def _run_of_a_device(
         }
         return plan_run(teacher, student, local, replace(costs, **passes), kept.cache, need)
 
-    of_levels = 1.0 if kept.levels is None else kept.level_copies
+    # In other batches some rows are another device's, which computes them too if it keeps them.
     rolls = kept.cache.kind != "off" and kept.rolling <= kept.cache.budget_bytes
-    run = planned(of_levels if together else kept.copies if rolls else 1.0)
+    of_rolling = kept.copies if rolls else 1.0
+    of_levels = 1.0 if kept.levels is None else kept.level_copies
+    run = planned(of_levels if together else of_rolling)
     if local.polish_epochs and local.polish_reads_levels:
         run.stages[-1] = planned(of_levels).stages[-1]
     return run
