@@ -130,7 +130,8 @@ class ScalePlan:
             f" {shown_bytes(int(self.output_bytes))} for checkpoints and the student",
         ]
         if self.audit_bytes:
-            lines.append(f"the audit before them: {shown_bytes(int(self.audit_memory))} per device")
+            audit = shown_bytes(int(self.audit_memory))
+            lines.append(f"memory per device in the audit, before all stages: {audit}")
         if self.gathered_bytes:
             received = shown_bytes(int(self.gathered_bytes))
             lines.append(f"blocks of the teacher gathered: {received} per device")

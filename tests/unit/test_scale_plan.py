@@ -254,7 +254,7 @@ def test_the_page_has_the_plans_of_8b_and_70b(row: list[str]) -> None:
         assert shown in table, (shown, table)
     assert ("too much" in row[6]) == (plan.peak.memory.total > ACCELERATORS[device].memory_bytes)
     assert row[9] in table
-    audit = re.search(r"the audit before them: (.*) GB", table)
+    audit = re.search(r"in the audit, before all stages: (.*) GB", table)
     page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
     told = page[page.index("the audit takes") :][:200].replace("\n", " ")
     assert audit
