@@ -1,8 +1,8 @@
 """The plan for many devices against real runs at small scale: memory, disk, traffic and time.
 
-This machine takes the place of a cluster: one thread is a device, whose rates are measured. The
-efficiency, which is an assumption for a cluster, is measured once, on the first run; the others are
-predicted with it.
+This machine takes the place of a cluster: one thread is a device. What a cluster's efficiency is
+assumed to be is part of the rates here, which are measured while each run goes on
+(``benchmarks.rates``).
 """
 
 import sys
@@ -56,30 +56,19 @@ def measure_check(shape: Shape, repeats: int) -> Section:
         repeats: Of each run; the shortest counts.
     """
     section = Section(
-        f"The plan against real runs (one thread per process; the shortest of {repeats}; all but"
-        f" the first differ from {shape})",
+        f"The plan against real runs (one thread per process; the shortest of {repeats}; the first"
+        f" is of {shape})",
         ["run", "quantity", "predicted", "measured", "predicted / measured", "within 20 %"],
     )
-    efficiency = [1.0, 1.0]
     said: list[str] = []
     for case, found in shortest_runs(cases(shape), repeats):
         assert found.rates is not None
-        own = as_device(found.rates)
-        calibrates = not said
-        if calibrates:
-            efficiency = [
-                reached(case, own, seconds) for seconds in (found.seconds, found.thread_seconds)
-            ]
         said.append(in_words(case, found.rates))
-        plans = [planned(case, own, share, gathering(found.rates)) for share in efficiency]
-        add_rows(section, case, plans, found, calibrates=calibrates)
+        add_rows(section, case, planned(case, as_cluster(case, found.rates)), found)
     section.notes += [
-        "Rates of process 0, measured at both ends of each run while all its processes measure:"
-        f" products of a block's shape, memory, sums of a block's gradients, gathering a block."
-        f" {'; '.join(said)}.",
-        f"Efficiency {efficiency[0]:.2f} of time and {efficiency[1]:.2f} of processor time, from"
-        " the first run, whose times are therefore no predictions. Processor time is that of the"
-        " thread that trains in process 0.",
+        "Rates of process 0, the medians of tries before the run, after each of its stages and at"
+        " its end, all processes at the same time: operations in blocks of the run's shape, memory,"
+        f" sums of a block's gradients, gathering a block. {'; '.join(said)}.",
         "Memory: of process 0, above its level before there are models. Traffic: bytes handed to"
         " the sums over processes, and whole blocks gathered, counted where they are sent.",
     ]
@@ -104,15 +93,8 @@ def shortest_runs(all_cases: list[Case], repeats: int) -> list[tuple[Case, Count
     ]
 
 
-def reached(case: Case, kind: Accelerator, seconds: float) -> float:
-    """The efficiency at which a run is planned to take that time."""
-    # Time is c / efficiency + m, both known from two plans.
-    one, two = (planned(case, kind, share).seconds for share in (1.0, 0.5))
-    return (two - one) / max(1e-9, seconds - (2 * one - two))
-
-
 def cases(shape: Shape) -> list[Case]:
-    """The runs: one to measure the efficiency on, others of another shape, schedule and number."""
+    """The runs: of several shapes, schedules and numbers of processes."""
     other = replace(shape, blocks=shape.blocks + 2, batch_size=shape.batch_size // 2, epochs=2)
     # Another width, vocabulary and length of the windows.
     wide = replace(
@@ -139,9 +121,9 @@ def cases(shape: Shape) -> list[Case]:
     ]
 
 
-def as_device(rates: Rates) -> Accelerator:
-    """One thread of this machine as a device."""
-    return Accelerator(
+def as_cluster(case: Case, rates: Rates) -> Cluster:
+    """Each process of a run as a device with these rates."""
+    kind = Accelerator(
         name="thread",
         memory_bytes=float(free_memory(torch.device("cpu"))),
         flops=rates.flops,
@@ -150,11 +132,8 @@ def as_device(rates: Rates) -> Accelerator:
         network_rate=1.0,
         disk_rate=1e10,  # a small file stays in the page cache
     )
-
-
-def gathering(rates: Rates) -> float:
-    """What gathering reaches of the rate of sums."""
-    return rates.gathered / rates.summed if rates.gathered else 1.0
+    gather_share = rates.gathered / rates.summed if rates.gathered else 1.0
+    return Cluster(kind, case.processes, 1.0, 1.0, gather_share)
 
 
 def in_words(case: Case, rates: Rates) -> str:
@@ -164,10 +143,8 @@ def in_words(case: Case, rates: Rates) -> str:
     return f"{case.name}: {', '.join(words)}"
 
 
-def planned(
-    case: Case, kind: Accelerator, efficiency: float, gather_share: float = 1.0
-) -> ScalePlan:
-    """What the plan says of a run."""
+def planned(case: Case, cluster: Cluster) -> ScalePlan:
+    """What the plan says of a run on these devices."""
     shape = case.shape
     outline = replace(shape, device="meta")
     with torch.device("meta"):
@@ -192,15 +169,11 @@ def planned(
         audit_tokens=case.options.get("audit_tokens", 0),
         read_out_fits=int(case.polish_epochs > 0),
     )
-    cluster = Cluster(kind, case.processes, efficiency, 1.0, gather_share)
     return plan_at_scale(teacher, student, work, cluster, setup)
 
 
-def add_rows(
-    section: Section, case: Case, plans: list[ScalePlan], found: Counts, *, calibrates: bool
-) -> None:
+def add_rows(section: Section, case: Case, plan: ScalePlan, found: Counts) -> None:
     """A line per quantity that a run has."""
-    plan = plans[0]
     steps = sum(stage.steps * stage.reduced_bytes for stage in plan.stages)
     on_disk = plan.cache.kind == "disk"
     states = plan.disk_bytes if on_disk else max(s.memory.states for s in plan.stages)
@@ -215,13 +188,10 @@ def add_rows(
         ("sums of the audit, MB", plan.audit_bytes, found.audit, 1e6),
         ("sums of the stitches' fit, MB", plan.fit_bytes, found.fit, 1e6),
         ("time, s", plan.seconds, found.seconds, 1.0),
-        ("processor time, s", plans[1].seconds, found.thread_seconds, 1.0),
     ]  # fmt: skip
     for quantity, predicted, value, unit in rows:
         if not value and not predicted:
             continue
         ratio = predicted / value if value else float("inf")
         holds = "yes" if abs(ratio - 1) <= TOLERANCE else "no"
-        if calibrates and "time" in quantity:
-            holds = "measured on it"
         section.add(case.name, quantity, predicted / unit, value / unit, ratio, holds)

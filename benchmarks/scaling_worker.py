@@ -11,7 +11,6 @@ import ctypes
 import gc
 import json
 import sys
-import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from benchmarks.cases import Shape, new_student, new_teacher, windows_loader
 from benchmarks.memory import MIB, forget_peak, peak_mib
-from benchmarks.rates import Rates, measure_rates, own_rates
+from benchmarks.rates import Meter, Rates
 from cleangpt.blocks import BlockStack
 from cleangpt.runtime.ranks import join
 from cleangpt.sharding import shard_blocks
@@ -59,7 +58,6 @@ class Counts:
 
     Args:
         seconds: Of all stages.
-        thread_seconds: Of all stages, processor time of the thread that trains.
         training: Gradients and optimizer states, by stage.
         states: Kept states, at most.
         disk: Files of states of this process, at most.
@@ -73,7 +71,6 @@ class Counts:
     """
 
     seconds: float = 0.0
-    thread_seconds: float = 0.0
     training: list[int] = field(default_factory=list)
     states: int = 0
     disk: int = 0
@@ -92,38 +89,41 @@ def run(task: Task) -> Counts:
     ranks = join("cpu")
     counts = Counts()
     warm_up(task)
+    meter = Meter(ranks, task.shape, task.kind)
     gc.collect()
     before = psutil.Process().memory_info().rss / MIB
     teacher, student = new_teacher(task.shape), new_student(task.kind, task.shape)
     shards = shard_blocks(teacher, torch.device("cpu")) if task.shards else None
     block = sum(parameter.nbytes for parameter in BlockStack(teacher).block(0).parameters())
-    learning = BlockStack(student).block(1).parameters()
-    gradients = [torch.zeros_like(parameter) for parameter in learning]
-    counts.rates = measure_rates(ranks, task.shape, gradients, shards, block)
+    measure_all(meter, shards, block)
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # give back what making the models took
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     forget_peak()
     trainer = new_trainer(task, teacher, student)
     gathers = 0 if shards is None else shards.gathers
-    count_sums(counts)
+    count_sums(counts, meter)
     watch(trainer, counts)
     watch_sums(counts)
     for own in (trainer.backbone_trainer, trainer.head_trainer, trainer.polish_trainer):
-        time_stages(own, counts)
+        measure_after_stages(own, meter)
     results = train(trainer, task)
     rows = [*results["blocks"], results["head"], results["polish"]]
     counts.seconds = sum(row["seconds"] for row in rows if row)
     counts.peak = (peak_mib("cpu") - before) * MIB
     counts.output = folder_bytes(trainer.run.path)
-    # Once more: if the machine had other work to do at the beginning, it was slow for a moment.
-    flops, memory = map(
-        max, own_rates(ranks, task.shape), (counts.rates.flops, counts.rates.memory)
-    )
-    counts.rates = replace(counts.rates, flops=flops, memory=memory)
     if shards is not None:
         counts.gathered = (shards.gathers - gathers) * block
+    measure_all(meter, shards, block)
+    counts.rates = meter.rates()
     return counts
+
+
+def measure_all(meter: Meter, shards: Any, block_bytes: int) -> None:
+    """Take all rates that a run has, of a teacher that is whole (``shards`` is None) or spread."""
+    meter.measure()
+    if shards is not None:
+        meter.measure_gathering(shards, block_bytes)
 
 
 def new_trainer(task: Task, teacher: Any, student: Any) -> DistillationTrainer:
@@ -169,25 +169,24 @@ def warm_up(task: Task) -> None:
     train(new_trainer(own, teacher, student), own)
 
 
-def time_stages(trainer: Any, counts: Counts) -> None:
-    """Add up the processor time of all stages of a trainer."""
+def measure_after_stages(trainer: Any, meter: Meter) -> None:
+    """Take the rates after each stage of a trainer."""
     together = trainer.train_together
 
-    def timed(*args: Any) -> Any:
-        started_at = time.thread_time()
+    def measured(*args: Any) -> Any:
         results = together(*args)
-        counts.thread_seconds += time.thread_time() - started_at
+        meter.measure()
         return results
 
-    trainer.train_together = timed
+    trainer.train_together = measured
 
 
-def count_sums(counts: Counts) -> None:
-    """Count the bytes of every message that is summed from here on."""
+def count_sums(counts: Counts, meter: Meter) -> None:
+    """Count the bytes of every message that is summed from here on, but for the meter's."""
     reduce: Any = distributed.all_reduce
 
     def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        counts.reduced += tensor.nbytes
+        counts.reduced += 0 if meter.measures else tensor.nbytes
         return reduce(tensor, *args, **kwargs)
 
     distributed.all_reduce = counted

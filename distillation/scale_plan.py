@@ -41,6 +41,8 @@ from distillation.workload import Workload
 
 _OPTIMIZER_TRAFFIC = 28
 """Bytes AdamW moves per parameter: weight, gradient and two moments in, all but one of them out."""
+_MESSAGE_TRAFFIC = 16
+"""Bytes per parameter to put gradients side by side for one message, and back."""
 
 
 @dataclass(frozen=True)
@@ -200,17 +202,18 @@ def _run_of_a_device(
     need = max(kept.rolling, kept.levels or 0) if together else kept.rolling
 
     def planned(times: float) -> RunPlan:
-        """With so many devices computing the frozen states of each row."""
+        """With each batch waiting for so many passes through frozen blocks."""
         passes = {
             "teacher_block": times * costs.teacher_block,
             "student_block": times * costs.student_block,
         }
         return plan_run(teacher, student, local, replace(costs, **passes), kept.cache, need)
 
-    # In other batches some rows are another device's, which computes them too if it keeps them.
+    # In other batches some rows are another device's, which computes them too if it keeps them:
+    # all wait for the device that has most of them.
     rolls = kept.cache.kind != "off" and kept.rolling <= kept.cache.budget_bytes
-    of_rolling = kept.copies if rolls else 1.0
-    of_levels = 1.0 if kept.levels is None else kept.level_copies
+    of_rolling = kept.waits if rolls else 1.0
+    of_levels = 1.0 if kept.levels is None else kept.level_waits
     run = planned(of_levels if together else of_rolling)
     if local.polish_epochs and local.polish_reads_levels:
         run.stages[-1] = planned(of_levels).stages[-1]
@@ -251,8 +254,9 @@ def device_costs(
 
     def update(trained: int) -> float:
         """Summing gradients over all devices, and the optimizer's step."""
-        moved = _OPTIMIZER_TRAFFIC * trained / cluster.kind.memory_rate
-        return moved + cluster.reduced(4.0 * trained) / cluster.link
+        traffic = _OPTIMIZER_TRAFFIC + _MESSAGE_TRAFFIC * (cluster.count > 1)
+        sent = cluster.reduced(4.0 * trained) / cluster.link
+        return traffic * trained / cluster.kind.memory_rate + sent
 
     block = count_parameters(student.block(0)) + stitch_parameters(teacher, student)
     step = 3 * (forward[1] + stitch) / cluster.flops

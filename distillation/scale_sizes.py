@@ -105,6 +105,36 @@ def _devices_seen(share: float, batch_size: int, devices: int, epochs: int) -> f
     return sum(1 - (1 - chance) ** epochs for chance in chances)
 
 
+def slowest_share(batch_size: int, devices: int, epochs: int) -> float:
+    """Rows whose states a batch waits for, in all epochs, over those of one device's share.
+
+    A device computes the rows of its share that it has not seen, and all wait for the one that has
+    most of them: the largest of as many binomial numbers as there are devices.
+
+    Args:
+        batch_size: Rows of a batch, of all devices.
+        devices: How many there are.
+        epochs: How often each row comes by, in another batch each time.
+    """
+    if devices == 1 or epochs <= 1:
+        return 1.0
+    rows = math.ceil(batch_size / devices)
+    seen = [0.0] + [copies(batch_size, devices, count) for count in range(1, epochs + 1)]
+    new = [min(1.0, after - before) for before, after in itertools.pairwise(seen)]
+    return sum(_largest_of(devices, rows, chance) for chance in new) / rows
+
+
+def _largest_of(count: int, rows: int, chance: float) -> float:
+    """The expected largest of ``count`` binomial numbers, each of so many rows."""
+    if chance == 1.0:
+        return float(rows)
+    at_most, largest = 0.0, 0.0
+    for number in range(rows):
+        at_most += math.comb(rows, number) * chance**number * (1 - chance) ** (rows - number)
+        largest += 1 - min(1.0, at_most) ** count
+    return largest
+
+
 def teacher_bytes(teacher: BlockStack, work: Workload, cluster: Cluster, setup: Setup) -> float:
     """The teacher's weights on one device.
 
@@ -143,16 +173,16 @@ class KeptStates:
     Args:
         cache: Where they lie.
         rolling: Bytes of one level of each model, of all rows that the device sees.
-        copies: On how many devices each row is seen, and computed.
+        waits: Passes of the rows that each batch waits for, over those of a device's own rows.
         levels: Bytes of all levels that a stage wants at once; None if they do not fit into memory.
-        level_copies: On how many devices each row is seen in that stage.
+        level_waits: The same as ``waits``, in that stage.
     """
 
     cache: CachePlan
     rolling: int
-    copies: float
+    waits: float
     levels: int | None
-    level_copies: float
+    level_waits: float
 
 
 def kept_states(
@@ -179,6 +209,10 @@ def kept_states(
     several, of_levels = (
         copies(work.batch_size, cluster.count, epochs) for epochs in (block_epochs, level_epochs)
     )
+    waits, level_waits = (
+        slowest_share(work.batch_size, cluster.count, epochs)
+        for epochs in (block_epochs, level_epochs)
+    )
     need = needed_bytes(math.ceil(local.positions * several), setup.kept_widths, setup.state_dtype)
     weights = teacher_bytes(teacher, work, cluster, setup) + student_bytes(teacher, student)
     # The setting counts what all processes of a machine take together.
@@ -193,7 +227,7 @@ def kept_states(
     widths = [setup.kept_widths[0]] * work.levels_at_once(teacher.num_blocks)
     levels = needed_bytes(math.ceil(local.positions * of_levels), widths, setup.state_dtype)
     fits = cache.kind == "ram" and levels <= cache.budget_bytes
-    return KeptStates(cache, need, several, levels if fits else None, of_levels)
+    return KeptStates(cache, need, waits, levels if fits else None, level_waits)
 
 
 def positions_at_once(work: Workload) -> int:

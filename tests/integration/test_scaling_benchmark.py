@@ -8,7 +8,7 @@ import pytest
 from benchmarks.scaling import base_shape
 from benchmarks.scaling_check import TOLERANCE, Case, planned
 from benchmarks.scaling_worker import Task, run
-from distillation.accelerators import Accelerator
+from distillation.accelerators import Accelerator, Cluster
 from tests.processes import in_processes
 
 KIND = Accelerator(
@@ -39,7 +39,7 @@ def test_the_plan_counts_what_processes_count(case: Case, tmp_path: Path) -> Non
         options=case.options,
     )
     found = in_processes(2, lambda: asdict(run(task)))[0]
-    plan = planned(case, KIND, 0.5)
+    plan = planned(case, Cluster(KIND, case.processes))
     kept = plan.disk_bytes or max(stage.memory.states for stage in plan.stages)
     expected = {
         "training": max(stage.memory.training for stage in plan.stages),
