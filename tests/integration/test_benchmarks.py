@@ -140,6 +140,7 @@ def test_the_whole_naive_backbone_ends_at_our_losses() -> None:
     assert float(exact[1]) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", memory.PHASES)
 def test_every_phase_of_the_memory_table_runs(phase: str) -> None:
     found = memory.run_phase(phase, "fp32", "SASP", TINY)

@@ -168,13 +168,13 @@ def test_blocks_learn_and_both_errors_are_reported(tmp_path: Path, how: str) -> 
     "options",
     [
         {"block_inputs": "student"},
-        {"block_inputs": "teacher"},
+        pytest.param({"block_inputs": "teacher"}, marks=pytest.mark.slow),
         {"block_inputs": "teacher", "schedule": "decoupled"},
-        {"block_inputs": "mixed"},
+        pytest.param({"block_inputs": "mixed"}, marks=pytest.mark.slow),
         {"schedule": "parallel_local"},
-        {"freeze_previous_blocks": False},
-        {"blocks": [1]},
-        {"schedule": "parallel_local", "blocks": [1]},
+        pytest.param({"freeze_previous_blocks": False}, marks=pytest.mark.slow),
+        pytest.param({"blocks": [1]}, marks=pytest.mark.slow),
+        pytest.param({"schedule": "parallel_local", "blocks": [1]}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

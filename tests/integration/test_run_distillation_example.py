@@ -70,6 +70,7 @@ def test_the_settings_of_a_run_repeat_it(place: Path, plain: Any) -> None:
     assert "lm_head_epochs" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [

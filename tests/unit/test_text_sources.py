@@ -196,6 +196,7 @@ def test_max_samples_counts_documents(folder: Path, tmp_path: Path) -> None:
         load_texts(str(folder), max_samples=-1)
 
 
+@pytest.mark.slow
 def test_the_first_builtin_documents_are_a_fair_sample() -> None:
     from cleangpt.builtin.corpus import builtin_documents
 
