@@ -1,8 +1,9 @@
 """What a process of a measured run computes, moves and sends per second, as the others do it too.
 
 All processes measure at the same time, before the run, after each of its stages and at its end,
-since what a shared machine gives changes from minute to minute. Every rate is the median of all
-tries: the usual one, as a run sees it, and not the best.
+since what a shared machine gives changes from minute to minute; gathering, which would leave other
+blocks whole than the run did, at both ends alone. Every rate is the median of all tries: the usual
+one, as a run sees it, and not the best.
 """
 
 import math
@@ -34,8 +35,8 @@ class Rates:
         flops: Operations, as the plan counts them, in a pass of a teacher's block and a forward and
             backward pass of a student's.
         memory: Bytes read and written.
-        summed: Bytes that each process sends while all sum up the gradients of a block; 0 of one
-            process alone.
+        summed: Bytes that each process sends while all sum up a message of the size of a block's
+            gradients; 0 of one process alone.
         gathered: Bytes that each receives while all gather a block of a spread teacher; 0 where
             none is spread.
     """
@@ -80,15 +81,15 @@ class Meter:
         self._received = 0.0
 
     def measure(self) -> None:
-        """Take all rates but that of gathering; takes next to no memory."""
+        """Take all rates but that of gathering; takes less memory than a stage did."""
         source, target = torch.empty(_COPIED), torch.empty(_COPIED)
         works: dict[str, Callable[[], object]] = {
             "flops": self._pass_and_step,
             "memory": lambda: target.copy_(source),
         }
         if self._ranks.count > 1:
-            gradients = [torch.zeros_like(weight) for weight in self._weights]
-            works["summed"] = lambda: self._ranks.sum(gradients)
+            message = torch.zeros(sum(weight.numel() for weight in self._weights))
+            works["summed"] = lambda: distributed.all_reduce(message)
         self.measures = True
         for name, work in works.items():
             self._times[name] += times_of(work, self._ranks)

@@ -122,9 +122,8 @@ def write_report(
         f"# {title}",
         "",
         f"`{command}` on {place(about)}, torch {about['torch']}, {about['threads']} threads, load"
-        f" average {about['load_average_at_start']} at the start. Every ratio was measured side by"
-        " side in one process, in turns; where there are several values: median (smallest to"
-        " largest).",
+        f" average {about['load_average_at_start']} at the start. What is compared took"
+        " turns; where there are several values: median (smallest to largest).",
     ]
     bodies = [section.markdown() for section in sections.values()]
     markdown = path.with_suffix(".md")

@@ -121,16 +121,19 @@ def slowest_share(batch_size: int, devices: int, epochs: int) -> float:
     rows = math.ceil(batch_size / devices)
     seen = [0.0] + [copies(batch_size, devices, count) for count in range(1, epochs + 1)]
     new = [min(1.0, after - before) for before, after in itertools.pairwise(seen)]
-    return sum(_largest_of(devices, rows, chance) for chance in new) / rows
+    busy = min(devices, batch_size)  # the others have no row
+    return sum(_largest_of(busy, rows, chance) for chance in new) / rows
 
 
 def _largest_of(count: int, rows: int, chance: float) -> float:
     """The expected largest of ``count`` binomial numbers, each of so many rows."""
-    if chance == 1.0:
-        return float(rows)
+    if chance <= 0.0 or chance >= 1.0:
+        return rows * chance
     at_most, largest = 0.0, 0.0
     for number in range(rows):
-        at_most += math.comb(rows, number) * chance**number * (1 - chance) ** (rows - number)
+        ways = math.lgamma(rows + 1) - math.lgamma(number + 1) - math.lgamma(rows - number + 1)
+        both = number * math.log(chance) + (rows - number) * math.log1p(-chance)
+        at_most += math.exp(ways + both)
         largest += 1 - min(1.0, at_most) ** count
     return largest
 

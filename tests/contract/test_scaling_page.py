@@ -28,3 +28,7 @@ def test_the_page_tells_what_the_check_found(quantity: str) -> None:
     told = low if low == high else f"{low} to {high}"
     page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
     assert f"| {quantity} | {len(ratios)} | {told} |" in page
+
+
+def test_all_is_within_what_the_page_says() -> None:
+    assert all(0.8 <= ratio <= 1.2 for ratios in found_ranges().values() for ratio in ratios)

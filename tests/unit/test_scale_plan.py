@@ -120,6 +120,13 @@ def test_rows_change_their_process_as_often_as_planned(batch_size: int, devices:
     assert waits == pytest.approx(slowest_share(batch_size, devices, 3), rel=0.1)
 
 
+def test_batches_wait_for_at_most_all_rows_of_a_device_in_every_epoch() -> None:
+    assert slowest_share(8, 1, 3) == slowest_share(8, 8, 1) == 1.0
+    for batch_size, devices in ((4096, 2), (512, 512), (3, 8)):
+        waits = slowest_share(batch_size, devices, 3)
+        assert copies(batch_size, devices, 3) <= waits <= 3.0
+
+
 def test_a_spread_teacher_takes_its_share_and_the_blocks_in_use() -> None:
     teacher = models()[0]
     whole, spread = planned(), planned(shards_teacher=True)
