@@ -43,6 +43,12 @@ ARCHITECTURES: Final[dict[str, str]] = {
 
 UNSTATED: Final[dict[str, dict[str, Any]]] = {
     "falcon": {"multi_query": True},
+    "gemma4": {
+        "head_dim": 256,
+        "hidden_size_per_layer_input": 256,
+        "vocab_size_per_layer_input": 262_144,
+    },
+    "gpt-oss": {"head_dim": 64},
     "lfm2": {"block_auto_adjust_ff_dim": False},
     "phi3": {"sliding_window": None},
     "qwen2moe": {"moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632},
@@ -55,16 +61,22 @@ UNSTATED: Final[dict[str, dict[str, Any]]] = {
 _MORE_NAMES: Final = {
     "mlp.shared_expert_gate.weight": "ffn_gate_inp_shexp.weight",
     "mlp.e_score_correction_bias": "exp_probs_b.bias",
+    "linear_attn.A_log": "ssm_a",
+    "linear_attn.dt_bias": "ssm_dt.bias",
 }
-NOT_WRITTEN: Final = {
-    "gemma4": "transformers takes the sizes of its largest tables for granted, 0.8 GB of them",
-    "gpt-oss": "the layout of its experts is not written here",
-    "qwen35": "the order of its value heads is not written here",
-    "qwen35moe": "the order of its value heads is not written here",
-}
-"""Architectures whose files are left to others, and why."""
 _TRANSPOSED = re.compile(r"attn_qkv\.weight|ffn_(up|down)\.weight|attn_output\.weight")
-_PLUS_ONE = ("gemma2", "gemma3", "nemotron")
+_PLUS_ONE = ("gemma2", "gemma3", "nemotron", "qwen35", "qwen35moe")
+_VALUE_HEADS = re.compile(r"attn_(qkv|gate)\.|ssm_(alpha|beta|conv1d|out|a$|dt)")
+_GPT_OSS_NAMES: Final = {
+    "self_attn.sinks": ("attn_sinks.weight", None, False),
+    "mlp.router.weight": ("ffn_gate_inp.weight", None, False),
+    "mlp.router.bias": ("ffn_gate_inp.bias", None, False),
+    "experts.gate_up_proj": ("ffn_{}_exps.weight", ("gate", "up"), True),
+    "experts.gate_up_proj_bias": ("ffn_{}_exps.bias", ("gate", "up"), False),
+    "experts.down_proj": ("ffn_down_exps.weight", None, True),
+    "experts.down_proj_bias": ("ffn_down_exps.bias", None, False),
+}
+"""Of gpt-oss: names in the file, the two that are taken apart, and whether it is turned round."""
 
 
 def write_gguf(
@@ -141,7 +153,40 @@ def hybrid_metadata(config: Any, family: str) -> dict[str, Any]:
             "attention.layer_norm_rms_epsilon": config.norm_eps,
             "rope.freq_base": float(config.rope_parameters["rope_theta"]),
         }
-    return {}
+    return qwen35_metadata(config) if family.startswith("qwen3_5") else {}
+
+
+def qwen35_metadata(config: Any) -> dict[str, Any]:
+    """Sizes of attention and of linear attention."""
+    rope = config.rope_parameters
+    sections = list(rope.get("mrope_section") or [])
+    found = {
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": config.head_dim,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "full_attention_interval": 4,
+        "ssm.conv_kernel": config.linear_conv_kernel_dim,
+        "ssm.state_size": config.linear_key_head_dim,
+        "ssm.group_count": config.linear_num_key_heads,
+        "ssm.time_step_rank": config.linear_num_value_heads,
+        "ssm.inner_size": config.linear_value_head_dim * config.linear_num_value_heads,
+        "rope.freq_base": float(rope["rope_theta"]),
+        "rope.dimension_sections": [*sections, 0],
+        "rope.dimension_count": int(rope["partial_rotary_factor"] * config.head_dim),
+    }
+    if config.model_type == "qwen3_5_text":
+        return {**found, "feed_forward_length": config.intermediate_size}
+    return {
+        **found,
+        "expert_count": config.num_experts,
+        "expert_used_count": config.num_experts_per_tok,
+        "expert_feed_forward_length": config.moe_intermediate_size,
+        "expert_shared_feed_forward_length": config.shared_expert_intermediate_size,
+    }
 
 
 def add_tokens(writer: Any, tokens: list[str], types: list[int], rows: int) -> None:
@@ -199,6 +244,10 @@ def tensors(model: Any, architecture: str) -> Iterator[tuple[str, Array]]:
         name, _, suffix = full_name.rpartition(".")
         if suffix not in ("weight", "bias"):
             name, suffix = full_name, ""
+        apart = list(gpt_oss_tensors(full_name, values)) if architecture == "gpt-oss" else []
+        if apart:
+            yield from apart
+            continue
         if name.endswith("experts.gate_up_proj"):
             block = name.split(".layers.")[1].split(".")[0]
             for part, half in zip(("gate", "up"), np.split(values, 2, axis=1), strict=True):
@@ -213,6 +262,40 @@ def tensors(model: Any, architecture: str) -> Iterator[tuple[str, Array]]:
         yield named, np.ascontiguousarray(converted(named, values, config, architecture))
 
 
+def gpt_oss_tensors(full_name: str, values: Array) -> Iterator[tuple[str, Array]]:
+    """Router, sinks and experts of gpt-oss: gate and up, which take turns, are taken apart."""
+    for ending, (name, halves, is_turned) in _GPT_OSS_NAMES.items():
+        if full_name.endswith(ending):
+            block = f"blk.{full_name.split('.layers.')[1].split('.')[0]}."
+            turned = values.swapaxes(-1, -2) if is_turned else values
+            if halves is None:
+                yield block + name, np.ascontiguousarray(turned)
+                continue
+            axis = 1 if is_turned else -1
+            for half, start in zip(halves, (0, 1), strict=True):
+                taken = turned.take(range(start, turned.shape[axis], 2), axis)
+                yield block + name.format(half), np.ascontiguousarray(taken)
+
+
+def tiled_value_heads(name: str, values: Array, config: Any) -> Array:
+    """Of qwen35: value heads in the order of the first of each key head, then the second."""
+    keys = config.linear_num_key_heads
+    each = config.linear_num_value_heads // keys
+    width = config.linear_value_head_dim
+    if "ssm_out" in name:  # it reads them: its columns
+        return tiled(values.T, keys, each).T
+    first = 0
+    if "attn_qkv" in name or "ssm_conv1d" in name:  # queries and keys stay
+        first = 2 * config.linear_key_head_dim * keys
+    assert len(values) - first in (keys * each, keys * each * width)
+    return np.concatenate([values[:first], tiled(values[first:], keys, each)])
+
+
+def tiled(rows: Array, groups: int, each: int) -> Array:
+    """Rows of (group, member, ...) as (member, group, ...)."""
+    return rows.reshape(groups, each, -1, *rows.shape[1:]).swapaxes(0, 1).reshape(rows.shape)
+
+
 def converted(name: str, values: Array, config: Any, architecture: str) -> Array:
     """The values of one tensor as the converter changes them."""
     if architecture == "llama" and re.search(r"attn_[qk]\.weight", name):
@@ -220,7 +303,7 @@ def converted(name: str, values: Array, config: Any, architecture: str) -> Array
         return values.reshape(heads, 2, -1, values.shape[-1]).swapaxes(1, 2).reshape(values.shape)
     if architecture == "gpt2" and _TRANSPOSED.search(name):
         return values.T
-    if architecture in _PLUS_ONE and name.endswith("norm.weight"):
+    if architecture in _PLUS_ONE and name.endswith("norm.weight") and "ssm_norm" not in name:
         return values + 1
     if architecture == "bloom" and "attn_qkv" in name:
         return (
@@ -228,6 +311,13 @@ def converted(name: str, values: Array, config: Any, architecture: str) -> Array
             .swapaxes(0, 1)
             .reshape(values.shape)
         )
+    if architecture.startswith("qwen35"):
+        if name.endswith("ssm_a"):
+            values = -np.exp(values)
+        if "ssm_conv1d" in name:
+            values = values.squeeze(1)
+        if _VALUE_HEADS.search(name):
+            return tiled_value_heads(name, values, config)
     if "shortconv.conv" in name or "ffn_gate_inp_shexp" in name:
         return values.squeeze()
     return values

@@ -44,8 +44,9 @@ and merges, and loaded and distilled as any teacher is. The number is the larges
 logits to the model that was written, as a share of the largest. Quantised files become plain
 numbers when they are loaded. What a file does not state, or transformers does not read, is taken
 from the family's first model: the sliding window of `phi3` and `starcoder2`, the width of a head of
-`qwen3`, that of the experts of `qwen2moe` and `qwen3moe`, the kind of `falcon`. A file whose
-weights then have other shapes is refused. A file with scaled
+`qwen3` and `gpt-oss`, that of the experts of `qwen2moe` and `qwen3moe`, the tables of `gemma4`, the
+kind of `falcon`. A file whose weights then have other shapes is refused, and so is one with weights
+that transformers does not read (`gpt-oss`, `gemma4`). A file with scaled
 rotary positions (Llama 3.1 and later), which transformers does not read, is refused too: of such a
 model, give the folder.
 
@@ -100,6 +101,8 @@ def page(findings: "list[Finding]", files: "Sequence[Finding]" = ()) -> str:
         untried=verdicts.count("not tried"),
     )
     for verdict in ("works", "refused", "fails", "not tried"):
+        if verdict not in verdicts:
+            continue
         numbers = "logits | a block alone | padding | " if verdict == "works" else ""
         head = f"| family | {numbers}remark |"
         text += f"## {verdict.capitalize()}\n\n{head}\n|{'---|' * (head.count('|') - 1)}\n"
