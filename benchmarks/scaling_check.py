@@ -68,7 +68,7 @@ def measure_check(shape: Shape, repeats: int) -> Section:
     section.notes += [
         "Rates of process 0, the medians of tries before the run, after each of its stages and at"
         " its end, all processes at the same time: operations in blocks of the run's shape, memory,"
-        " sums of a message of a block's size; and gathering a block, at both ends."
+        " sums of a block's gradients; and gathering a block, at both ends."
         f" {'; '.join(said)}.",
         "Memory: of process 0, above its level before there are models. Traffic: bytes handed to"
         " the sums over processes, and whole blocks gathered, counted where they are sent.",
