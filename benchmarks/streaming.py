@@ -4,7 +4,7 @@
 
 writes ``results/streaming.md``. Text of each size is put into a temporary folder, and each way has
 a process of its own: ``train`` trains a block of a tiny student on the first passes of a stream,
-512 at most, with frozen states in a budget of 25 MB, and then reads and tokenizes all passes that
+32 at most, with frozen states in a budget of 25 MB, and then reads and tokenizes all passes that
 there are; ``stream`` only does the latter; ``memory`` packs the windows of the whole corpus.
 """
 
@@ -27,7 +27,7 @@ from cleangpt.cli import CommandParser, positive_int, run_command
 RESULT = "benchmarks/results/streaming.json"
 WAYS = ("train", "stream", "memory")
 SIZES = [4, 20, 200, 1000]
-SEQ_LEN, PASS_TOKENS, MOST_TRAINED = 128, 2**17, 2**26
+SEQ_LEN, PASS_TOKENS, MOST_TRAINED = 128, 2**17, 2**22
 BYTES_PER_TOKEN = 3
 WORDS_PER_DOCUMENT = 600
 TEACHER_WIDTH, STUDENT_WIDTH = 32, 16
