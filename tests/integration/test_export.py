@@ -105,7 +105,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-@pytest.mark.parametrize("stored", ["F32", "F16"])
+@pytest.mark.parametrize("stored", [pytest.param("F32", marks=pytest.mark.slow), "F16"])
 def test_gguf_comes_back_with_its_tokenizer(stored: str, run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     flags = [str(run), "--format", "gguf", "--output", str(out), "--gguf_type", stored]

@@ -38,6 +38,7 @@ def test_every_block_learns(tmp_path: Path, kind: str) -> None:
     assert results["backbone_losses"] == [row["last_loss"] for row in results["blocks"]]
 
 
+@pytest.mark.slow  # test_families goes through whole runs of some
 @pytest.mark.parametrize("family", FAMILIES)
 def test_any_family_teaches(tmp_path: Path, family: str) -> None:
     trainer = DistillationTrainer(
