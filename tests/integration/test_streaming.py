@@ -169,7 +169,7 @@ def test_two_processes_train_on_a_stream_what_one_trains(place: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_memory_does_not_grow_with_the_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """Once `datasets` and the tokenizer have filled what they keep: a few tens of megabytes.
 
