@@ -109,17 +109,11 @@ def slowest_share(batch_size: int, devices: int, epochs: int) -> float:
     """Rows whose states a batch waits for, in all epochs, over those of one device's share.
 
     A device computes the rows of its share that it has not seen, and all wait for the one that has
-    most of them: the largest of as many binomial numbers as there are devices.
-
-    Args:
-        batch_size: Rows of a batch, of all devices.
-        devices: How many there are.
-        epochs: How often each row comes by, in another batch each time.
+    most of them: the largest of as many binomial numbers as there are devices. The arguments are
+    those of :func:`copies`.
     """
-    if devices == 1 or epochs <= 1:
-        return 1.0
     rows = math.ceil(batch_size / devices)
-    seen = [0.0] + [copies(batch_size, devices, count) for count in range(1, epochs + 1)]
+    seen = [0.0] + [copies(batch_size, devices, count) for count in range(1, max(1, epochs) + 1)]
     new = [min(1.0, after - before) for before, after in itertools.pairwise(seen)]
     busy = min(devices, batch_size)  # the others have no row
     return sum(_largest_of(busy, rows, chance) for chance in new) / rows
