@@ -17,6 +17,8 @@ from distillation.losses.chunked import LOGITS_AT_ONCE
 from distillation.probe import Costs
 from distillation.workload import Passes, Workload
 
+LOSS_SHARE = 1 / 3
+"""Of a training step, what taking its loss alone costs: a backward pass is two forward ones."""
 ADAM_BYTES = 12
 """Per trained parameter: a gradient and two moments in float32."""
 
@@ -271,11 +273,14 @@ def _estimate(
     per_teacher = block_flops(teacher, 0, work.seq_len)
     per_student = block_flops(student, 0, work.seq_len)
     flops, seconds = [], []
-    for way in passes:
+    for way, is_kept in zip(passes, (True, False), strict=True):
+        looks = way.steps + 1 if way.steps else 0
+        again = 1 if is_kept or not looks else looks / way.steps
+        shares = 1 + work.held_out * again, way.steps + work.held_out * looks * LOSS_SHARE
         blocks = way.teacher_blocks * per_teacher + way.student_blocks * per_student
-        flops.append(work.positions * (blocks + way.steps * step_flops))
+        flops.append(work.positions * (shares[0] * blocks + shares[1] * step_flops))
         time = way.teacher_blocks * costs.teacher_block + way.student_blocks * costs.student_block
-        seconds.append(work.batches * (time + way.steps * step_seconds))
+        seconds.append(work.batches * (shares[0] * time + shares[1] * step_seconds))
     steps = math.ceil(work.batches) * passes[0].steps
     return StageEstimate(name, steps, (flops[0], flops[1]), (seconds[0], seconds[1]))
 

@@ -42,7 +42,9 @@ def plan_training(
             "Give it a dataset with num_tokens, such as TextDataset, or with block_size.",
         )
     widths = small_widths(trainer.teacher_model, trainer.student_model, config.block_inputs)
-    need = needed_bytes(positions, widths, config.activation_dtype)
+    # Held-out states are kept as well.
+    held_out = positions_in(trainer.validation_dataloader) or 0
+    need = needed_bytes(positions + held_out, widths, config.activation_dtype)
     limit = config.activation_cache_gb
     unloaded = sum(p.nbytes for p in trainer.student_model.parameters() if p.is_meta)
     if all(parameter.is_meta for parameter in trainer.teacher_model.parameters()):
@@ -57,7 +59,7 @@ def plan_training(
     epochs = (epochs_per_block, head_epochs, polish_epochs)
     work = _workload(trainer, positions, epochs)
     levels = work.levels_at_once(teacher.num_blocks)
-    all_levels = needed_bytes(positions, [widths[0]] * levels, config.activation_dtype)
+    all_levels = needed_bytes(positions + held_out, [widths[0]] * levels, config.activation_dtype)
     if cache.kind == "ram" and all_levels <= cache.budget_bytes:
         work = replace(work, levels_fit=True)
         need = max(need, all_levels)
@@ -146,4 +148,5 @@ def _workload(
         polish_reads_levels=trainer.config.polish_hidden_weight > 0,
         trains_stitches=trainer.trains_stitches and trainer.is_stitched,
         teacher_bytes=bytes_on(trainer.device, trainer.teacher_model),
+        held_out=(positions_in(trainer.validation_dataloader) or 0) / positions,
     )

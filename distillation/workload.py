@@ -27,6 +27,8 @@ class Workload:
         polish_reads_levels: Whether the polish is taught the states of all teaching blocks too.
         trains_stitches: Whether there are stitches that learn.
         teacher_bytes: What the teacher takes where the run trains; None is all of it.
+        held_out: Held-out tokens, for each of a pass: every stage takes its loss on them before its
+            first epoch and after each.
     """
 
     positions: int
@@ -46,6 +48,7 @@ class Workload:
     polish_reads_levels: bool = False
     trains_stitches: bool = True
     teacher_bytes: int | None = None
+    held_out: float = 0.0
 
     def levels_at_once(self, teacher_blocks: int) -> int:
         """How many of the teacher's levels a stage wants side by side; 0 if none does.

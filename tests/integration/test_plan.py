@@ -108,6 +108,21 @@ def test_each_further_pass_starts_from_the_tokens() -> None:
     assert planned(together).stages[0].seconds[0] == pytest.approx(9 * 3 * 2 * (1 + 5))
 
 
+def test_a_loss_on_held_out_text_is_taken_before_the_first_epoch_and_after_each() -> None:
+    # A quarter as much text: its states are computed once as well, or as often as they are needed.
+    first, second, head = planned(dataclasses.replace(WORK, held_out=0.25)).stages
+    assert first.seconds == (
+        pytest.approx(9 * (1.25 + (2 + 0.25 * 3 / 3) * 5)),
+        pytest.approx(9 * ((2 + 0.25 * 3) * 1 + (2 + 0.25 * 3 / 3) * 5)),
+    )
+    assert second.seconds[0] == pytest.approx(9 * (1.25 * 2.1 + (3 + 0.25 * 4 / 3) * 2))
+    assert head.seconds[0] == pytest.approx(9 * (1.25 * 0.1 + (2 + 0.25 * 3 / 3) * 7))
+    assert [stage.steps for stage in (first, second, head)] == [18, 27, 18]
+    assert first.flops[0] > planned().stages[0].flops[0]
+    none = dataclasses.replace(WORK, epochs_per_block=[0, 3], held_out=0.25)
+    assert planned(none).stages[0].seconds == (0, 0)
+
+
 def test_room_for_half_the_states_takes_the_time_between() -> None:
     half = planned(cache=CachePlan("ram", 5 * 10**5, "half"))
     none = planned(cache=CachePlan("off", 0, "off"))
@@ -193,6 +208,17 @@ def test_planning_changes_nothing(tmp_path: Path) -> None:
     assert [stage.steps for stage in plan.stages] == [8, 8, 12]
     assert 0 < plan.seconds < 600
     assert plan.cache_bytes == 16 * 12 * (32 + 16) * 4
+
+
+def test_held_out_states_need_room_and_time_too(tmp_path: Path) -> None:
+    loader = torch.utils.data.DataLoader(Windows(), batch_size=4)
+    plain = trainer_of(tmp_path, loader).plan(2)
+    trainer = trainer_of(tmp_path, loader, validation_dataloader=loader)
+    plan = trainer.plan(2)
+    assert plan.cache_bytes == 2 * plain.cache_bytes
+    for own, without in zip(plan.stages, plain.stages, strict=True):
+        assert own.steps == without.steps
+        assert own.flops[0] > without.flops[0]
 
 
 def test_a_loader_of_unknown_size_has_no_plan(tmp_path: Path) -> None:
