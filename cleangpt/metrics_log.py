@@ -8,8 +8,9 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from tqdm.auto import tqdm
@@ -138,23 +139,36 @@ class RunProgress:
     Where there is neither a terminal nor a notebook, one line per logged step takes its place.
 
     Args:
-        num_stages: Stages of the run, to weigh what is left.
+        num_stages: Stages of the run.
         show: Whether to draw bars; None draws them on a terminal and in a notebook.
+        planned: Seconds that each stage was planned to take, by name, to tell from those that ran
+            how long the others will; empty takes all stages for equally long.
     """
 
-    def __init__(self, num_stages: int, show: bool | None = None) -> None:
+    def __init__(
+        self,
+        num_stages: int,
+        show: bool | None = None,
+        planned: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
         self._show = (sys.stderr.isatty() or "ipykernel" in sys.modules) if show is None else show
         self._num_stages = num_stages
         self._stages_done = 0
+        self._planned = planned
+        self._left = sum(planned.values()) or float(num_stages)  # as planned
         self._bar: Any = None
         self._name = ""
         self._total_steps = 0
         self._started_at = 0.0
-        self._stage_seconds: list[float] = []
+        self._share = 0.0  # of what is open, as planned
+        self._known = (0.0, 0.0)  # of what ended: as planned, and in truth
 
-    def start_stage(self, name: str, total_steps: int) -> None:
-        """Open the bar of a stage of ``total_steps`` optimizer steps."""
-        self._name = f"{name} ({self._stages_done + 1}/{self._num_stages})"
+    def start_stages(self, name: str, stages: Sequence[str], total_steps: int) -> None:
+        """Open the bar of one stage, or of several at once, of ``total_steps`` optimizer steps."""
+        first, last = self._stages_done + 1, self._stages_done + len(stages)
+        numbers = f"{first}" if first == last else f"{first}-{last}"
+        self._name = f"{name} ({numbers}/{self._num_stages})"
+        self._share = self._take(stages)
         self._total_steps = total_steps
         self._started_at = time.perf_counter()
         self._bar = tqdm(
@@ -170,9 +184,9 @@ class RunProgress:
         """Count optimizer steps."""
         self._bar.update(steps)
 
-    def skip_stage(self) -> None:
-        """Count a stage that was done before."""
-        self._stages_done += 1
+    def skip_stages(self, stages: Sequence[str]) -> None:
+        """Count stages that were done before, or elsewhere."""
+        self._take(stages)
 
     def show(self, step: int, loss: float, tokens_per_second: float) -> None:
         """Tell the numbers of ``step`` (from 1), beside the bar or as a line."""
@@ -192,17 +206,23 @@ class RunProgress:
                 run_left,
             )
 
-    def end_stage(self) -> None:
+    def end_stages(self) -> None:
         """Close the bar."""
-        self._stage_seconds.append(time.perf_counter() - self._started_at)
-        self._stages_done += 1
+        planned, took = self._known
+        self._known = (planned + self._share, took + time.perf_counter() - self._started_at)
         self._bar.close()
 
-    def _later_seconds(self, this_stage: float) -> float:
-        """Expected time of the stages after this one: the mean of those known, for each."""
-        known = [*self._stage_seconds, this_stage]
-        later = max(0, self._num_stages - self._stages_done - 1)
-        return later * sum(known) / len(known)
+    def _take(self, stages: Sequence[str]) -> float:
+        """Count stages as begun; return what of the plan they are."""
+        share = sum(self._planned.get(name, 0.0) if self._planned else 1.0 for name in stages)
+        self._stages_done += len(stages)
+        self._left = max(0.0, self._left - share)
+        return share
+
+    def _later_seconds(self, these: float) -> float:
+        """Expected time of what is not begun: as planned, and as much slower as what is known."""
+        planned, took = self._known[0] + self._share, self._known[1] + these
+        return self._left * took / planned if planned else self._left
 
 
 def format_seconds(seconds: float) -> str:

@@ -27,7 +27,7 @@ from distillation.journal import Journal, check_same_settings
 from distillation.logit_stages import HiddenTargets
 from distillation.overfit_gate import check_run_learns
 from distillation.passes import counted_epochs, passes_of
-from distillation.plan import RunPlan
+from distillation.plan import RunPlan, planned_seconds
 from distillation.planning import memory_explained, plan_training
 from distillation.trainers.backbone_trainer import BackboneDistillationTrainer
 from distillation.trainers.base_trainer import BaseDistillationTrainer
@@ -249,7 +249,7 @@ class DistillationTrainer:
             if done is not None:
                 return done
         fill = partial(fill_folder, self.student_model, self.tokenizer)
-        progress = RunProgress(stages, self.show_progress)
+        progress = RunProgress(stages, self.show_progress, planned_seconds(self._planned))
         self.backbone_trainer.check_disk_room(
             trains_all=polish is not None, overwrite=self.overwrite, keeps_start=self.keep_start
         )

@@ -107,6 +107,12 @@ class RunPlan:
         return "\n".join(lines)
 
 
+def planned_seconds(summary: dict[str, Any] | None) -> dict[str, float]:
+    """The seconds of each stage by its name, of a plan's summary; empty if there was no plan."""
+    stages = summary["stages"] if summary else ()
+    return {stage["stage"]: stage["seconds"] for stage in stages}
+
+
 def plan_run(
     teacher: BlockStack,
     student: BlockStack,

@@ -307,7 +307,7 @@ class BaseDistillationTrainer:
         known = self.journal.finished(name)
         if known is not None:
             logger.info("%s was finished before the run stopped.", name)
-            self.progress.skip_stage()
+            self.progress.skip_stages([stage.name for stage in stages])
             return [StageResult(**values) for values in known]
         results = StageGroup(self, name, stages, settings).run()
         self.journal.finish(name, [asdict(result) for result in results])

@@ -55,8 +55,8 @@ class DecoupledBlocks:
         journal, ranks = trainer.journal, trainer.ranks
         known = journal.finished(NAME)
         if known is not None:
+            trainer.progress.skip_stages([stage.name for stage in self.stages])
             for stage in self.stages:
-                trainer.progress.skip_stage()
                 journal.remove_part(stage.name)
             return [StageResult(**values) for values in known]
         if journal.interrupted(NAME) is None:
@@ -75,7 +75,7 @@ class DecoupledBlocks:
         for index, owner in enumerate(owners):
             ranks.copy_from(owner, self._weights(index), group)
             if owner != ranks.index:
-                trainer.progress.skip_stage()
+                trainer.progress.skip_stages([self.stages[index].name])
         every = {k: values for part in ranks.gathered(own, group) for k, values in part.items()}
         results = [every[index] for index in range(len(self.stages))]
         for stage in self.stages:

@@ -81,7 +81,8 @@ class StageGroup:
         trainer, loops = self.trainer, self.loops
         place = self._taken_up()
         before = self._frozen_checksum()
-        trainer.progress.start_stage(self.name, sum(loop.total_steps for loop in loops))
+        names = [stage.name for stage in self.stages]
+        trainer.progress.start_stages(self.name, names, sum(loop.total_steps for loop in loops))
         trainer.progress.advance(sum(loop.step_index for loop in loops))
         self._started_at = time.perf_counter()
         modules = [module for stage in self.stages for module in stage.compilable()]
@@ -95,7 +96,7 @@ class StageGroup:
                 for epoch in range(place.epoch, self.rounds):
                     self._train_epoch(epoch, place.steps if epoch == place.epoch else 0)
         finally:
-            trainer.progress.end_stage()
+            trainer.progress.end_stages()
             for loop in loops:  # a finished stage's gradients would stay for the whole run
                 loop.optimizer.zero_grad(set_to_none=True)
         for loop in loops:
