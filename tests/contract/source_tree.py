@@ -70,6 +70,7 @@ def known_modules() -> frozenset[str]:
     return frozenset(file.module for file in source_files())
 
 
+@cache
 def imports_of(file: SourceFile) -> list[Import]:
     """Every import of a file; ``from package import module`` counts as that module."""
     found: list[Import] = []

@@ -3,9 +3,7 @@
 import ast
 import re
 import sys
-from pathlib import Path
-
-import pytest
+from collections.abc import Callable, Iterable
 
 from tests.contract.source_tree import (
     LEAF_MODULES,
@@ -62,8 +60,9 @@ GRAB_BAGS = {"util", "utils", "helper", "helpers", "common", "misc", "tools", "s
 GRAB_BAGS_OF_THE_TUTORIAL = {"distillation/utils"}
 
 
-def files(selection: list[SourceFile] | tuple[SourceFile, ...]) -> list[object]:
-    return [pytest.param(file, id=file.name) for file in selection]
+def wrong_in(files: Iterable[SourceFile], check: Callable[[SourceFile], list[str]]) -> list[str]:
+    """What a check finds in any of the files; one test for all, since there are many files."""
+    return [f"{file.name}: {found}" for file in files for found in check(file)]
 
 
 def allowed_for(module: str) -> frozenset[str]:
@@ -73,36 +72,45 @@ def allowed_for(module: str) -> frozenset[str]:
     raise AssertionError(f"{module} has no row in ALLOWED_IMPORTS")
 
 
-@pytest.mark.parametrize("file", files(source_files()))
-def test_imports_follow_the_table(file: SourceFile) -> None:
+def test_imports_follow_the_table() -> None:
+    assert not wrong_in(source_files(), imports_outside_the_table)
+
+
+def imports_outside_the_table(file: SourceFile) -> list[str]:
     allowed = allowed_for(file.module)
     wrong = [
-        f"line {found.line}: {found.module}"
+        f"line {found.line}: {found.module} (of ours only {sorted(allowed)})"
         for found in imports_of(file)
         if any(belongs_to(found.module, ours) for ours in OURS)
         and not any(belongs_to(found.module, package) for package in allowed)
     ]
-    wrong += [
+    return wrong + [
         f"line {found.line}: {found.module} ({source} must not know {target})"
         for source, target in FORBIDDEN_PAIRS
         if belongs_to(file.module, source)
         for found in imports_of(file)
         if belongs_to(found.module, target)
     ]
-    assert not wrong, f"{file.name} may import only {sorted(allowed)} of ours, but: {wrong}"
 
 
-@pytest.mark.parametrize("file", files([f for f in source_files() if f.package == "model"]))
-def test_model_files_travel_alone(file: SourceFile) -> None:
+def test_model_files_travel_alone() -> None:
+    files = [file for file in source_files() if file.package == "model"]
+    assert files
+    assert not wrong_in(files, imports_that_do_not_travel)
+
+
+def imports_that_do_not_travel(file: SourceFile) -> list[str]:
     outside = [
-        f"line {found.line}: {found.module}"
+        f"line {found.line}: {found.module} (a student takes only torch and transformers along)"
         for found in imports_of(file)
         if found.module.split(".")[0] not in {"torch", "transformers", "model"}
         and found.module.split(".")[0] not in sys.stdlib_module_names
     ]
-    assert not outside, f"{file.name} travels with every student; not torch/transformers: {outside}"
-    absolute = [f for f in imports_of(file) if belongs_to(f.module, "model") and not f.relative]
-    assert not absolute, f"{file.name}: inside model/ imports are relative: {absolute}"
+    return outside + [
+        f"line {found.line}: {found.module} (inside model/ imports are relative)"
+        for found in imports_of(file)
+        if belongs_to(found.module, "model") and not found.relative
+    ]
 
 
 def test_the_evaluation_says_who_imports_it() -> None:
@@ -143,30 +151,36 @@ def reachable(graph: dict[str, set[str]], start: str) -> set[str]:
     return seen
 
 
-@pytest.mark.parametrize("file", files(source_files()))
-def test_files_and_functions_are_short(file: SourceFile) -> None:
+def test_files_and_functions_are_short() -> None:
+    assert not wrong_in(source_files(), what_is_too_long)
+
+
+def what_is_too_long(file: SourceFile) -> list[str]:
     lines = len(file.text.splitlines())
-    assert lines <= MAX_FILE_LINES, f"{file.name} has {lines} lines, limit {MAX_FILE_LINES}"
-    long = {
-        f"{node.name} (line {node.lineno})": node.end_lineno - node.lineno + 1
+    whole = [f"{lines} lines, limit {MAX_FILE_LINES}"] if lines > MAX_FILE_LINES else []
+    return whole + [
+        f"{node.name} (line {node.lineno}) is over {MAX_FUNCTION_LINES} lines"
         for node in ast.walk(file.tree)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         and node.end_lineno is not None
         and node.end_lineno - node.lineno + 1 > MAX_FUNCTION_LINES
-    }
-    assert not long, f"{file.name}: functions over {MAX_FUNCTION_LINES} lines: {long}"
+    ]
 
 
-@pytest.mark.parametrize("file", files(shipped_files()))
-def test_only_commands_print(file: SourceFile) -> None:
-    if file.name.startswith(MAY_PRINT):
-        return
-    lines = [node.lineno for node in calls(file) if ast.unparse(node.func) == "print"]
-    assert not lines, f"{file.name} prints on lines {lines}; use logging.getLogger(__name__)"
+def test_only_commands_print() -> None:
+    """Everything else says ``logging.getLogger(__name__)``."""
+    quiet = [file for file in shipped_files() if not file.name.startswith(MAY_PRINT)]
+    assert not wrong_in(quiet, prints)
 
 
-def calls(file: SourceFile) -> list[ast.Call]:
-    return [node for node in ast.walk(file.tree) if isinstance(node, ast.Call)]
+def prints(file: SourceFile) -> list[str]:
+    return [
+        f"prints on line {node.lineno}"
+        for node in ast.walk(file.tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "print"
+    ]
 
 
 def test_no_grab_bag_names() -> None:
@@ -176,45 +190,43 @@ def test_no_grab_bag_names() -> None:
     assert wrong <= GRAB_BAGS_OF_THE_TUTORIAL, f"say what it holds: {sorted(wrong)}"
 
 
-def tracked_texts() -> list[object]:
+def test_sources_are_ascii_and_finished() -> None:
     others = [ROOT / name for name in ("pyproject.toml", "Makefile", "constraints.txt", ".ci/run")]
-    return [
-        pytest.param(path, id=path.relative_to(ROOT).as_posix())
-        for path in [*others, *(file.path for file in source_files())]
-    ]
-
-
-@pytest.mark.parametrize("path", tracked_texts())
-def test_sources_are_ascii_and_finished(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    lines = text.splitlines()
-    foreign = [number for number, line in enumerate(lines, 1) if not line.isascii()]
-    assert not foreign, f"{path.name}: characters outside ASCII on lines {foreign}"
     # The brackets keep this line from matching itself.
     unfinished = re.compile("TO[D]O|FIX[M]E|/hom[e]/[a-z]+/|/roo[t]/|/tm[p]/[a-z_]+[/.]")
-    marks = [
-        f"line {n}: {line.strip()}" for n, line in enumerate(lines, 1) if unfinished.search(line)
+    foreign, marks = [], []
+    for path in [*others, *(file.path for file in source_files())]:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            place = f"{path.relative_to(ROOT)}, line {number}: {line.strip()}"
+            if not line.isascii():
+                foreign.append(place)
+            if unfinished.search(line):
+                marks.append(place)
+    assert not foreign, f"characters outside ASCII: {foreign}"
+    assert not marks, f"unfinished places or paths of one machine: {marks}"
+
+
+def test_shape_annotations_stay_real_objects() -> None:
+    """Postponed annotations would hide the shapes from the run-time checker."""
+    hidden = [
+        file.name
+        for file in source_files()
+        if {"__future__", "jaxtyping"} <= {found.module for found in imports_of(file)}
     ]
-    assert not marks, f"{path.name}: unfinished places or paths of one machine: {marks}"
+    assert not hidden
 
 
-@pytest.mark.parametrize("file", files(source_files()))
-def test_shape_annotations_stay_real_objects(file: SourceFile) -> None:
-    modules = {found.module for found in imports_of(file)}
-    assert not {"__future__", "jaxtyping"} <= modules, (
-        f"{file.name}: postponed annotations hide the shapes from the run-time checker"
-    )
-
-
-@pytest.mark.parametrize("file", files(shipped_files()))
-def test_runtime_protocols_have_methods_only(file: SourceFile) -> None:
+def test_runtime_protocols_have_methods_only() -> None:
     """From Python 3.12 on, isinstance does not see a module's submodules as attributes."""
-    data = [
-        f"{node.name} (line {member.lineno})"
+    assert not wrong_in(shipped_files(), data_of_runtime_protocols)
+
+
+def data_of_runtime_protocols(file: SourceFile) -> list[str]:
+    return [
+        f"{node.name} lists a data member (line {member.lineno})"
         for node in ast.walk(file.tree)
         if isinstance(node, ast.ClassDef)
         and any("runtime_checkable" in ast.unparse(mark) for mark in node.decorator_list)
         for member in node.body
         if isinstance(member, ast.AnnAssign)
     ]
-    assert not data, f"{file.name}: a run-time protocol lists data members: {data}"

@@ -10,12 +10,13 @@ from tests.contract.forbidden_calls import (
     MAY_IMPORT_BY_NAME,
     violations,
 )
-from tests.contract.source_tree import ROOT, SourceFile, shipped_files
+from tests.contract.source_tree import ROOT, shipped_files
 
 
-@pytest.mark.parametrize("file", [pytest.param(f, id=f.name) for f in shipped_files()])
-def test_nothing_forbidden_is_called(file: SourceFile) -> None:
-    assert violations(file.tree, file.name) == []
+def test_nothing_forbidden_is_called() -> None:
+    found = {file.name: violations(file.tree, file.name) for file in shipped_files()}
+    assert len(found) > 100
+    assert not {name: lines for name, lines in found.items() if lines}
 
 
 @pytest.mark.parametrize(
