@@ -3,13 +3,29 @@
 Names differ between families; what flows does not. Used by ``blocks``, which is what to read next.
 """
 
+import copy
 from collections.abc import Callable
+from itertools import cycle, islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cleangpt.errors import InputError
+
+
+def with_blocks(config: Any, num_blocks: int) -> Any:
+    """A copy of a transformers configuration for so many blocks.
+
+    Kinds of attention that differ by block go on as they begin, over and over.
+    """
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    text.num_hidden_layers = num_blocks
+    kinds = getattr(text, "layer_types", None)
+    if kinds:
+        text.layer_types = list(islice(cycle(kinds), num_blocks))
+    return config
 
 
 def find_blocks(model: nn.Module, num_layers: int, blocks_path: str | None) -> nn.ModuleList:

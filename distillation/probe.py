@@ -5,11 +5,9 @@ or two blocks deep and have a short vocabulary, with random weights. Works on mo
 (on PyTorch's "meta" device): only their classes and configurations are used.
 """
 
-import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 from cleangpt.blocks import BlockStack
 from cleangpt.runtime.precision import Precision
 from cleangpt.runtime.ranks import Ranks
+from cleangpt.structure import with_blocks
 from distillation.activations import Activations
 from distillation.batch import Batch, as_batch
 from distillation.config import DistillationConfig, StageSettings
@@ -97,12 +96,9 @@ def measure_costs(
 
 def shrunk(model: nn.Module, num_blocks: int) -> nn.Module:
     """A model of the same kind and width with few blocks, few tokens and random weights."""
-    config: Any = copy.deepcopy(model.config)
+    config = with_blocks(model.config, num_blocks)
     text = config.get_text_config()
-    text.num_hidden_layers = num_blocks
     text.vocab_size = min(int(text.vocab_size), _VOCABULARY)
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:num_blocks]
     for name in ("pad_token_id", "bos_token_id", "eos_token_id", "padding_idx"):
         for owner in (config, text):
             if getattr(owner, name, None) is not None:

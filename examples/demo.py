@@ -19,11 +19,10 @@ RECIPES = {
         *("--lr_per_block", "3e-3", "--polish_lr", "2e-3"),
     ],
     "smollm2": [
-        *("--student_n_layer", "6", "--student_n_embd", "384", "--student_n_head", "6"),
-        *("--recipe", "tutorial", "--max_samples", "100", "--logit_loss_temperature", "1"),
-        *("--lr_per_block", "2e-3", "--lm_head_epochs", "1", "--lm_head_lr", "2e-3"),
-        # This teacher parks activations of several thousands on the first token of a window.
-        *("--first_hidden_position", "1"),
+        # A third of the teacher's own blocks, those that it can least do without.
+        *("--student_model_type", "hf", "--student_n_layer", "10", "--layer_map", "measured"),
+        *("--head_tying", "tie", "--recipe", "best", "--max_samples", "100"),
+        *("--lr_per_block", "5e-4", "--polish_epochs", "1", "--validation_tokens", "4000"),
     ],
 }
 EVALUATION = {

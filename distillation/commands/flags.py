@@ -222,7 +222,7 @@ def _add_model_flags(parser: CommandParser) -> None:
         "--student_config",
         metavar="DIR_OR_JSON",
         help="of an hf student: a folder, whose weights it starts from if it has any, or a JSON"
-        " file of its configuration (default: none)",
+        " file of its configuration (default: the teacher's architecture)",
     )
     add(
         "--start_student",

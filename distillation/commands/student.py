@@ -40,7 +40,8 @@ def build_student(
     if arguments.start_student:
         student = load_student(arguments.start_student, teacher, arguments.trust_remote_code)
     elif arguments.student_model_type == HF_STUDENT:
-        student = hf_student(arguments.student_config, teacher)
+        name, blocks = arguments.student_config, arguments.student_n_layer
+        student = hf_student(name, teacher) if name else student_like(teacher, blocks)
     else:
         config = student_config(arguments, teacher)
         student = get_model_class(arguments.student_model_type)(config=config)
@@ -120,6 +121,23 @@ def hf_student(name: str, teacher: "Teacher") -> Any:
             'Give --student_config a JSON file with "model_type" and its fields, or a folder with'
             " a config.json.",
         ) from error
+
+
+def student_like(teacher: "Teacher", num_blocks: int | None) -> Any:
+    """A student of the teacher's own architecture and width, with random weights.
+
+    Args:
+        teacher: Gives its configuration; what its vocabulary was padded with is left out.
+        num_blocks: None is as many as the teacher has.
+    """
+    from cleangpt.blocks import BlockStack
+    from cleangpt.structure import with_blocks
+    from cleangpt.vocabulary import token_rows
+
+    model: Any = teacher.model
+    config = with_blocks(model.config, num_blocks or BlockStack(model).num_blocks)
+    config.get_text_config().vocab_size = token_rows(teacher.tokenizer)
+    return type(model)(config).float().eval()
 
 
 def check_tokenizer_beside(folder: Path, teacher: "Teacher") -> None:

@@ -14,20 +14,22 @@ HF_STUDENT = "hf"
 def check_student_flags(arguments: argparse.Namespace, named: set[str]) -> None:
     """Refuse flags of a student's shape where something else decides it."""
     is_hf = arguments.student_model_type == HF_STUDENT
-    if is_hf != bool(arguments.student_config) and not arguments.start_student:
+    if arguments.student_config and not is_hf and not arguments.start_student:
         raise UsageError(
-            "--student_model_type hf and --student_config go together; one of them is missing.",
-            "Give both, such as --student_model_type hf --student_config llama.json, or neither.",
+            "--student_config is of a student that transformers builds.",
+            "Add --student_model_type hf, or leave --student_config out.",
         )
-    shape = sorted(n for n in named if n.startswith("student_") and n != "student_model_type")
+    shape = {n for n in named if n.startswith("student_")}
     if arguments.start_student:
-        decides, idle = "--start_student", [n for n in named if n.startswith("student_")]
+        decides, idle = "--start_student", shape
     else:
-        decides, idle = "--student_config", [n for n in shape if n != "student_config"] * is_hf
+        own = "student_config" if arguments.student_config else "student_n_layer"
+        decides = "--student_config" if arguments.student_config else "the teacher's configuration"
+        idle = shape - {"student_model_type", own} if is_hf else set()
     if idle:
         raise UsageError(
             f"{decides} decides the student, so --{', --'.join(sorted(idle))} would do nothing.",
-            f"Leave them out, or leave out {decides}.",
+            "Leave them out; a student of transformers with another shape takes --student_config.",
         )
 
 

@@ -8,10 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
+from cleangpt.blocks import BlockStack
 from cleangpt.errors import InputError, UsageError
+from cleangpt.teacher import Teacher
 from distillation.commands import distil as command
 from distillation.commands.settings import parse_arguments
+from distillation.commands.student import student_like
 from distillation.evaluation import evaluate_distilled_model
 from distillation.evaluation.loading import load_model
 from tests.saved_teachers import CONFIGS, VOCAB, build, save
@@ -77,6 +82,39 @@ def test_a_configuration_like_the_teachers_is_the_teacher(place: Path) -> None:
     assert not (folder / "stitching_layers.safetensors").exists()
 
 
+def test_without_a_configuration_it_is_of_the_teachers_architecture(place: Path) -> None:
+    flags = ["--student_model_type", "hf", "--student_n_layer", "1", "--layer_map", "measured"]
+    flags += ["--recipe", "best", "--no_overfit_gate", "--validation_tokens", "0"]
+    flags += ["--early_stop_patience", "0", "--epochs_per_block", "0", "--polish_epochs", "0"]
+    folder, printed = run(place, "own", *flags)
+    assert "--model_type" not in printed
+    taught, teacher = (load_model(str(each)).model for each in (folder, place / "teacher"))
+    assert type(taught) is type(teacher)
+    own, theirs = BlockStack(taught), BlockStack(teacher)
+    assert own.num_blocks == 1
+    kept = theirs.block(0).state_dict()
+    for name, tensor in own.block(0).state_dict().items():
+        assert torch.equal(tensor, kept[name])
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("blocks", [None, 1, 3])
+def test_every_architecture_has_students_of_its_own(family: str, blocks: int | None) -> None:
+    model = build(family)
+    vocabulary = {f"<{token}>": token for token in range(VOCAB - 2)}  # the rest is padding
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<0>"))
+    words = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    teacher = Teacher(model, words, family, family, "")
+    before = model.config.to_dict()
+    student = student_like(teacher, blocks)
+    stack = BlockStack(student)
+    assert stack.num_blocks == (blocks or BLOCKS)
+    assert (stack.hidden_size, stack.vocab_size) == (BlockStack(model).hidden_size, VOCAB - 2)
+    assert student(torch.arange(6)[None]).logits.isfinite().all()
+    assert model.config.to_dict() == before
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in student.parameters())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", CONFIGS)
 def test_any_family_can_be_the_student(family: str, place: Path) -> None:
@@ -125,8 +163,12 @@ def test_a_run_goes_on_where_another_ended(place: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "cause"),
     [
-        ("--student_model_type hf", "go together; one of them is missing"),
-        ("--student_config x.json", "go together; one of them is missing"),
+        ("--student_config x.json", "is of a student that transformers builds"),
+        ("--student_config x.json --student_n_layer 2", "is of a student that transformers builds"),
+        (
+            "--student_model_type hf --student_n_embd 4 --student_n_layer 2",
+            "the teacher's configuration decides the student, so --student_n_embd would do nothing",
+        ),
         (
             "--student_model_type hf --student_config x.json --student_n_embd 4",
             "--student_config decides the student, so --student_n_embd would do nothing",
