@@ -10,6 +10,12 @@ from benchmarks.quality_statistics import estimate
 from benchmarks.report import table_line
 
 
+def perplexity(loss: float) -> str:
+    """exp(loss), for people: of a student that has lost itself it has dozens of digits."""
+    value = math.exp(loss)
+    return f"{value:.1f}" if value < 1e4 else f"{value:,.0f}" if value < 1e7 else f"{value:.0e}"
+
+
 def sizes_page(sized: Sequence[Record], others: Sequence[Record]) -> str:
     """One line per shape and kind of student, the smallest first.
 
@@ -28,7 +34,7 @@ def sizes_page(sized: Sequence[Record], others: Sequence[Record]) -> str:
     lines = [table_line(head), table_line(["---"] * len(head))]
     for (kind, depth, width), group in sorted(groups.items(), key=_by_size):
         cells = [kind, f"{depth} x {width}", f"{_first(group)['parameters'] / 1e6:.2f}M"]
-        cells += [f"{math.exp(_mean(group, 'loss')):.1f}", f"{_mean(group, 'kl'):.3f}"]
+        cells += [perplexity(_mean(group, "loss")), f"{_mean(group, 'kl'):.3f}"]
         cells += [f"{_mean(group, 'agreement'):.1%}", _speed(group), str(len(group))]
         lines.append(table_line(cells))
     return "\n".join(lines)
@@ -40,12 +46,11 @@ def real_page(records: Sequence[Record]) -> str:
     for record in records:
         groups[record["parameters"], record["arm"]][record["seed"]] = record
     teacher = records[0]
-    about = (
-        f"The teacher's perplexity is {math.exp(teacher['teacher_loss']):.1f} on the built-in test"
-        " text"
-    )
+    known = perplexity(teacher["teacher_loss"])
+    about = f"The teacher's perplexity is {known} on the built-in test text"
     if "other_teacher_loss" in teacher:
-        about += f", and {math.exp(teacher['other_teacher_loss']):.1f} on the other one"
+        about += f", and {perplexity(teacher['other_teacher_loss'])} on the other one"
+    about += ". T trains a head of its own, the others one that is tied: so many parameters more"
     head = ["student", "arm", "loss", "perplexity", "on the other text", "KL", "agreement", "seeds"]
     lines = [f"{about}.", "", table_line(head), table_line(["---"] * len(head))]
     for (size, arm), group in sorted(groups.items(), reverse=True):
@@ -54,8 +59,8 @@ def real_page(records: Sequence[Record]) -> str:
         name = f"{shape['n_layer']} x {width}, {size / 1e6:.0f}M"
         loss = estimate([group[seed]["loss"] for seed in sorted(group)])
         known = "other_loss" in _first(group)
-        other = f"{math.exp(_mean(group, 'other_loss')):.1f}" if known else ""
-        cells = [name, arm, str(loss), f"{math.exp(loss.mean):.1f}", other]
+        other = perplexity(_mean(group, "other_loss")) if known else ""
+        cells = [name, arm, str(loss), perplexity(loss.mean), other]
         cells += [f"{_mean(group, 'kl'):.3f}", f"{_mean(group, 'agreement'):.1%}", str(len(group))]
         lines.append(table_line(cells))
     for (size, arm), group in sorted(groups.items(), reverse=True):

@@ -20,7 +20,7 @@ from benchmarks.quality_answers import (
     progress,
     reading,
 )
-from benchmarks.quality_choices import real_page, sizes_page
+from benchmarks.quality_choices import perplexity, real_page, sizes_page
 from benchmarks.quality_plan import ABOUT_ARMS, BUDGETS, KINDS, PRIMARY_CONTRASTS
 from benchmarks.quality_statistics import Contrast, estimate, holm, over_text
 from benchmarks.quality_tables import TABLES
@@ -94,7 +94,7 @@ def about_data(records: Sequence[Record]) -> str:
     teacher = records[0]["teacher_loss"]
     intro = (
         f"The teacher's test loss in windows of 128 tokens is {teacher:.3f} nats (perplexity"
-        f" {math.exp(teacher):.1f})."
+        f" {perplexity(teacher)})."
     )
     return "\n".join([intro, "", *lines])
 
@@ -140,7 +140,7 @@ def arms_table(groups: Groups) -> str:
                         arm,
                         kind,
                         str(loss),
-                        f"{math.exp(loss.mean):.1f}",
+                        perplexity(loss.mean),
                         f"{estimate(values(group, 'kl')).mean:.3f}",
                         f"{estimate(values(group, 'agreement')).mean:.1%}",
                         gap_closed(group, floor),
