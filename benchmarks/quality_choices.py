@@ -46,8 +46,8 @@ def real_page(records: Sequence[Record]) -> str:
     for record in records:
         groups[record["parameters"], record["arm"]][record["seed"]] = record
     teacher = records[0]
-    known = perplexity(teacher["teacher_loss"])
-    about = f"The teacher's perplexity is {known} on the built-in test text"
+    own = perplexity(teacher["teacher_loss"])
+    about = f"The teacher's perplexity is {own} on the built-in test text"
     if "other_teacher_loss" in teacher:
         about += f", and {perplexity(teacher['other_teacher_loss'])} on the other one"
     about += ". T trains a head of its own, the others one that is tied: so many parameters more"
