@@ -10,7 +10,7 @@ import sys
 
 from cleangpt.cli import CommandParser, run_command
 
-# Each fits its time on two cores: three minutes and 25 minutes, evaluation included.
+# Each fits its time on two cores: three minutes and half an hour, evaluation included.
 RECIPES = {
     "builtin": [
         *("--recipe", "best", "--student_n_embd", "96", "--student_n_head", "6"),
@@ -28,7 +28,7 @@ RECIPES = {
 EVALUATION = {
     "builtin": ["--max_tokens", "20000", "--speed_seconds", "2", "--num_comparison_prompts", "3"],
     "smollm2": [
-        *("--max_tokens", "8000", "--stride", "128"),
+        *("--max_tokens", "8000", "--block_size", "256"),
         *("--speed_seconds", "5", "--num_comparison_prompts", "3"),
     ],
 }
