@@ -159,20 +159,32 @@ class RunProgress:
         self._bar: Any = None
         self._name = ""
         self._total_steps = 0
+        self._done = 0
         self._started_at = 0.0
         self._share = 0.0  # of what is open, as planned
         self._known = (0.0, 0.0)  # of what ended: as planned, and in truth
 
-    def start_stages(self, name: str, stages: Sequence[str], total_steps: int) -> None:
-        """Open the bar of one stage, or of several at once, of ``total_steps`` optimizer steps."""
+    def start_stages(
+        self, name: str, stages: Sequence[str], total_steps: int, done: int = 0
+    ) -> None:
+        """Open the bar of one stage, or of several at once.
+
+        Args:
+            name: Of all of them.
+            stages: The name of each.
+            total_steps: Optimizer steps of them all.
+            done: Of those, what was done before the run stopped.
+        """
         first, last = self._stages_done + 1, self._stages_done + len(stages)
         numbers = f"{first}" if first == last else f"{first}-{last}"
         self._name = f"{name} ({numbers}/{self._num_stages})"
-        self._share = self._take(stages)
+        self._share = self._take(stages) * (1 - done / max(1, total_steps))
         self._total_steps = total_steps
+        self._done = done
         self._started_at = time.perf_counter()
         self._bar = tqdm(
             total=total_steps,
+            initial=done,
             desc=self._name,
             unit="step",
             disable=not self._show,
@@ -191,7 +203,7 @@ class RunProgress:
     def show(self, step: int, loss: float, tokens_per_second: float) -> None:
         """Tell the numbers of ``step`` (from 1), beside the bar or as a line."""
         elapsed = time.perf_counter() - self._started_at
-        stage_left = elapsed / max(1, step) * self._total_steps - elapsed
+        stage_left = elapsed / max(1, step - self._done) * (self._total_steps - step)
         run_left = format_seconds(stage_left + self._later_seconds(elapsed + stage_left))
         numbers = f"loss {loss:.4g}, {tokens_per_second:,.0f} tokens/s"
         self._bar.set_postfix_str(f"{numbers}, run {run_left} left")
@@ -214,7 +226,8 @@ class RunProgress:
 
     def _take(self, stages: Sequence[str]) -> float:
         """Count stages as begun; return what of the plan they are."""
-        share = sum(self._planned.get(name, 0.0) if self._planned else 1.0 for name in stages)
+        weights = (self._planned.get(name, 0.0) if self._planned else 1.0 for name in stages)
+        share = sum(weights, start=0.0)
         self._stages_done += len(stages)
         self._left = max(0.0, self._left - share)
         return share

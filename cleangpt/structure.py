@@ -4,8 +4,7 @@ Names differ between families; what flows does not. Used by ``blocks``, which is
 """
 
 import copy
-from collections.abc import Callable
-from itertools import cycle, islice
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,18 +12,30 @@ from torch import Tensor, nn
 
 from cleangpt.errors import InputError
 
+KINDS_OF_BLOCKS = ("layer_types", "no_rope_layers", "attention_layers", "mlp_layer_types")
+"""Fields of configurations that say something of every block, in a list."""
 
-def with_blocks(config: Any, num_blocks: int) -> Any:
-    """A copy of a transformers configuration for so many blocks.
 
-    Kinds of attention that differ by block go on as they begin, over and over.
+def with_blocks(config: Any, sources: Sequence[int]) -> Any:
+    """A copy of a transformers configuration for other blocks.
+
+    Args:
+        config: The configuration.
+        sources: For each block of the copy, the block whose kind it is of; past the last one they
+            begin anew.
+
+    Raises:
+        Exception: What the family raises of a field that is computed and cannot be set.
     """
     config = copy.deepcopy(config)
     text = config.get_text_config()
-    text.num_hidden_layers = num_blocks
-    kinds = getattr(text, "layer_types", None)
-    if kinds:
-        text.layer_types = list(islice(cycle(kinds), num_blocks))
+    text.num_hidden_layers = len(sources)
+    for name in KINDS_OF_BLOCKS:
+        kinds = getattr(text, name, None)
+        if kinds:
+            setattr(text, name, [kinds[source % len(kinds)] for source in sources])
+    if getattr(text, "attention_types", None):  # GPT-Neo keeps the list, and writes this
+        text.attention_types = [[list(text.attention_layers), 1]]
     return config
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cleangpt.blocks import BlockStack
 from cleangpt.heads import head_is_tied
 from cleangpt.runtime.placement import whole_tensor, whole_weights
+from cleangpt.structure import KINDS_OF_BLOCKS
 from distillation.shared_basis import SharedBasis, make_plain, set_linear
 from distillation.silent_blocks import adds_to_its_input
 from distillation.teacher_weights import (
@@ -40,7 +41,6 @@ _OTHER_KIND = "not taken: blocks, since the student's are of another kind and na
 _UNKNOWN = "not taken: blocks, whose layout is not known here"
 NOT_TAKEN = (_OTHER_KIND, _UNKNOWN)
 """What is said of a block that stays as built."""
-_KINDS_OF_LAYERS = ("layer_types", "no_rope_layers", "attention_layers")
 _SETTINGS = (
     *("hidden_act", "hidden_activation", "activation_function", "swiglu_limit"),
     *("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "layernorm_epsilon"),
@@ -133,7 +133,7 @@ def _shapes(block: nn.Module) -> dict[str, tuple[torch.Size, bool]]:
 def other_kinds(teacher: BlockStack, student: BlockStack, sources: Sequence[int]) -> list[str]:
     """A line for blocks whose source looks at other positions, as by a sliding window."""
     lines = []
-    for name in _KINDS_OF_LAYERS:
+    for name in KINDS_OF_BLOCKS:
         theirs, own = (getattr(_config(stack), name, None) for stack in (teacher, student))
         if not theirs or not own or not is_same_class(teacher.model, student.model):
             continue

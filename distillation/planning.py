@@ -148,5 +148,5 @@ def _workload(
         polish_reads_levels=trainer.config.polish_hidden_weight > 0,
         trains_stitches=trainer.trains_stitches and trainer.is_stitched,
         teacher_bytes=bytes_on(trainer.device, trainer.teacher_model),
-        held_out=(positions_in(trainer.validation_dataloader) or 0) / positions,
+        held_out=(positions_in(trainer.validation_dataloader) or 0) / max(1, positions),
     )

@@ -96,7 +96,7 @@ def measure_costs(
 
 def shrunk(model: nn.Module, num_blocks: int) -> nn.Module:
     """A model of the same kind and width with few blocks, few tokens and random weights."""
-    config = with_blocks(model.config, num_blocks)
+    config = with_blocks(model.config, range(num_blocks))
     text = config.get_text_config()
     text.vocab_size = min(int(text.vocab_size), _VOCABULARY)
     for name in ("pad_token_id", "bos_token_id", "eos_token_id", "padding_idx"):

@@ -157,13 +157,11 @@ def prepare(
     with torch.device("meta") if arguments.plan else contextlib.nullcontext():
         student = build_student(arguments, teacher, find_class)
     loader = build_dataloader(arguments, source, teacher, student, ranks)
+    if not arguments.plan and settle_layer_map(arguments, teacher, student, loader, ranks, device):
+        student = build_student(arguments, teacher, find_class)  # of the blocks that were found
     held_out = None
-    if arguments.plan:
-        arguments.early_stop_patience = 0  # it would ask for held-out text, which is not read here
-    else:
-        settle_layer_map(arguments, teacher, student, loader, ranks, device)
-        if arguments.validation_tokens:
-            held_out = validation_dataloader(arguments, teacher, loader, ranks)
+    if arguments.validation_tokens:
+        held_out = validation_dataloader(arguments, teacher, loader, ranks)
     return build_trainer(arguments, teacher, student, loader, held_out, device), student
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from cleangpt.cli import only_warnings, setup_logging
 from cleangpt.errors import CleanGPTError, UsageError
 from cleangpt.safe_text import clean_line
-from distillation.commands.data import build_dataloader, find_documents
+from distillation.commands.data import build_dataloader, find_documents, validation_dataloader
 from distillation.commands.distil import build_trainer, plan, read_teacher, registered
 from distillation.commands.dry_steps import dry_steps
 from distillation.commands.settings import parse_arguments
@@ -364,8 +364,8 @@ def look_at_cost(
     from distillation.cache_plan import free_disk, shown_bytes
 
     own = argparse.Namespace(**vars(arguments))
-    own.early_stop_patience = 0  # it would ask for held-out text, which costs next to nothing
-    trainer = build_trainer(own, teacher, student, loader, None, device)
+    held_out = validation_dataloader(own, teacher, loader) if own.validation_tokens else None
+    trainer = build_trainer(own, teacher, student, loader, held_out, device)
     trainer.backbone_trainer.check_disk_room(
         trains_all=arguments.polish_epochs > 0,
         overwrite=arguments.overwrite,

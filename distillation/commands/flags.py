@@ -216,7 +216,7 @@ def _add_model_flags(parser: CommandParser) -> None:
         help="let code inside the teacher's folder run (default: off)",
     )
     kinds = (*MODEL_TYPES, HF_STUDENT)
-    meaning = "kind of student; hf is any causal LM of transformers, see --student_config"
+    meaning = "kind of student; hf is of the teacher's own architecture, or see --student_config"
     _add_choice(parser, "student_model_type", kinds, "Vanilla", meaning)
     add(
         "--student_config",

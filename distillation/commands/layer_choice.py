@@ -23,7 +23,7 @@ def settle_layer_map(
     loader: Any,
     ranks: "Ranks",
     device: "torch.device",
-) -> None:
+) -> bool:
     """Put the map that is found in the place of ``measured``; a run that goes on keeps its own.
 
     Args:
@@ -33,9 +33,12 @@ def settle_layer_map(
         loader: The training batches.
         ranks: The processes of the run, which must agree.
         device: Where the run trains, and this is measured.
+
+    Returns:
+        Whether the map was to be measured.
     """
     if arguments.layer_map != MEASURED:
-        return
+        return False
 
     from cleangpt.blocks import BlockStack
     from cleangpt.run_directory import RunDirectory
@@ -45,7 +48,7 @@ def settle_layer_map(
     known = RunDirectory(arguments.output_dir).manifest() if arguments.resume else None
     if known and known.get("layer_map"):
         arguments.layer_map = known["layer_map"]
-        return
+        return True
     to_device(teacher.model, device)
     costs = ranks.from_main(block_costs(BlockStack(teacher.model), loader))
     blocks = BlockStack(student).num_blocks
@@ -54,3 +57,4 @@ def settle_layer_map(
         "What the teacher loses without a block, in nats of KL: %s",
         ", ".join(f"{block}: {cost:.3g}" for block, cost in enumerate(costs)),
     )
+    return True

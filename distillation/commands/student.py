@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from distillation.commands.flags import STUDENT_SWITCHES
 from distillation.commands.student_flags import HF_STUDENT, holds_weights
+from distillation.layer_map import LayerMap, standing_in
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,7 +42,8 @@ def build_student(
         student = load_student(arguments.start_student, teacher, arguments.trust_remote_code)
     elif arguments.student_model_type == HF_STUDENT:
         name, blocks = arguments.student_config, arguments.student_n_layer
-        student = hf_student(name, teacher) if name else student_like(teacher, blocks)
+        chosen = standing_in(arguments.layer_map)
+        student = hf_student(name, teacher) if name else student_like(teacher, blocks, chosen)
     else:
         config = student_config(arguments, teacher)
         student = get_model_class(arguments.student_model_type)(config=config)
@@ -123,21 +125,45 @@ def hf_student(name: str, teacher: "Teacher") -> Any:
         ) from error
 
 
-def student_like(teacher: "Teacher", num_blocks: int | None) -> Any:
+def student_like(teacher: "Teacher", num_blocks: int | None, layer_map: LayerMap) -> Any:
     """A student of the teacher's own architecture and width, with random weights.
 
+    Where blocks differ in kind, as by sliding windows, each is of the kind of the one it starts
+    from. What the teacher's vocabulary was padded with is left out.
+
     Args:
-        teacher: Gives its configuration; what its vocabulary was padded with is left out.
+        teacher: Gives its configuration.
         num_blocks: None is as many as the teacher has.
+        layer_map: The teacher block of each student block.
+
+    Raises:
+        UsageError: If the map does not fit.
+        InputError: If the architecture does not come in that depth by its fields alone.
     """
     from cleangpt.blocks import BlockStack
+    from cleangpt.errors import InputError
     from cleangpt.structure import with_blocks
     from cleangpt.vocabulary import token_rows
+    from distillation.layer_map import choose_layer_map
+    from distillation.teacher_init import first_of_groups
 
     model: Any = teacher.model
-    config = with_blocks(model.config, num_blocks or BlockStack(model).num_blocks)
-    config.get_text_config().vocab_size = token_rows(teacher.tokenizer)
-    return type(model)(config).float().eval()
+    depth = BlockStack(model).num_blocks
+    sources = first_of_groups(choose_layer_map(layer_map, num_blocks or depth, depth))
+    try:
+        config = with_blocks(model.config, sources)
+        text = config.get_text_config()
+        text.vocab_size = token_rows(teacher.tokenizer)
+        if (text.pad_token_id or 0) >= text.vocab_size:
+            text.pad_token_id = None
+        type(config).from_dict(config.to_dict())  # every family checks its fields here
+        return type(model)(config).float().eval()
+    except Exception as error:  # with errors of its own
+        cause = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"There is no {type(model).__name__} of {len(sources)} such blocks: {cause}",
+            "Write the whole configuration into a JSON file, and name it by --student_config.",
+        ) from error
 
 
 def check_tokenizer_beside(folder: Path, teacher: "Teacher") -> None:

@@ -20,16 +20,17 @@ def check_student_flags(arguments: argparse.Namespace, named: set[str]) -> None:
             "Add --student_model_type hf, or leave --student_config out.",
         )
     shape = {n for n in named if n.startswith("student_")}
-    if arguments.start_student:
-        decides, idle = "--start_student", shape
-    else:
-        own = "student_config" if arguments.student_config else "student_n_layer"
-        decides = "--student_config" if arguments.student_config else "the teacher's configuration"
-        idle = shape - {"student_model_type", own} if is_hf else set()
+    decides, idle, other = "--start_student", shape, ""
+    if not arguments.start_student and arguments.student_config:
+        decides, idle = "--student_config", shape - {"student_model_type", "student_config"}
+    elif not arguments.start_student:
+        decides = "the teacher's configuration"
+        idle = shape - {"student_model_type", "student_n_layer"} if is_hf else set()
+        other = "; another shape of that kind takes a JSON file by --student_config"
     if idle:
         raise UsageError(
             f"{decides} decides the student, so --{', --'.join(sorted(idle))} would do nothing.",
-            "Leave them out; a student of transformers with another shape takes --student_config.",
+            f"Leave them out{other}.",
         )
 
 

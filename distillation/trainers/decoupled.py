@@ -67,6 +67,12 @@ class DecoupledBlocks:
             ranks.copy_from_main(module)
         group = ranks.patient_group()
         owners = [index * ranks.count // len(self.stages) for index in range(len(self.stages))]
+        others = [
+            stage.name
+            for stage, owner in zip(self.stages, owners, strict=True)
+            if owner != ranks.index
+        ]
+        trainer.progress.skip_stages(others)
         own = {
             index: asdict(self._train(index))
             for index, owner in enumerate(owners)
@@ -74,8 +80,6 @@ class DecoupledBlocks:
         }
         for index, owner in enumerate(owners):
             ranks.copy_from(owner, self._weights(index), group)
-            if owner != ranks.index:
-                trainer.progress.skip_stages([self.stages[index].name])
         every = {k: values for part in ranks.gathered(own, group) for k, values in part.items()}
         results = [every[index] for index in range(len(self.stages))]
         for stage in self.stages:

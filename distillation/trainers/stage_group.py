@@ -82,8 +82,9 @@ class StageGroup:
         place = self._taken_up()
         before = self._frozen_checksum()
         names = [stage.name for stage in self.stages]
-        trainer.progress.start_stages(self.name, names, sum(loop.total_steps for loop in loops))
-        trainer.progress.advance(sum(loop.step_index for loop in loops))
+        steps = sum(loop.total_steps for loop in loops)
+        done = sum(loop.step_index for loop in loops)
+        trainer.progress.start_stages(self.name, names, steps, done)
         self._started_at = time.perf_counter()
         modules = [module for stage in self.stages for module in stage.compilable()]
         try:

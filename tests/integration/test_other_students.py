@@ -19,6 +19,7 @@ from distillation.commands.settings import parse_arguments
 from distillation.commands.student import student_like
 from distillation.evaluation import evaluate_distilled_model
 from distillation.evaluation.loading import load_model
+from tests.builders import LLAMA_LIKE, tiny_teacher
 from tests.saved_teachers import CONFIGS, VOCAB, build, save
 
 BLOCKS = 2
@@ -97,22 +98,73 @@ def test_without_a_configuration_it_is_of_the_teachers_architecture(place: Path)
         assert torch.equal(tensor, kept[name])
 
 
-@pytest.mark.parametrize("family", CONFIGS)
-@pytest.mark.parametrize("blocks", [None, 1, 3])
-def test_every_architecture_has_students_of_its_own(family: str, blocks: int | None) -> None:
-    model = build(family)
-    vocabulary = {f"<{token}>": token for token in range(VOCAB - 2)}  # the rest is padding
+def teacher_of(model: Any, tokens: int = VOCAB - 2) -> Teacher:
+    """A teacher with fewer tokens than rows: the rest is padding."""
+    vocabulary = {f"<{token}>": token for token in range(tokens)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<0>"))
     words = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    teacher = Teacher(model, words, family, family, "")
-    before = model.config.to_dict()
-    student = student_like(teacher, blocks)
+    return Teacher(model, words, "small", "small", "")
+
+
+KINDS_BY_BLOCK = {
+    "gpt_neo": {
+        "vocab_size": 67,
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 2,
+        "max_position_embeddings": 32,
+        "attention_types": [[["global", "local"], 1]],
+    },
+    "smollm3": LLAMA_LIKE,
+}
+"""Families with a list of their own that says something of every block."""
+
+
+@pytest.mark.parametrize("family", [*CONFIGS, *KINDS_BY_BLOCK])
+@pytest.mark.parametrize("blocks", [None, 1, 3])
+def test_every_architecture_has_students_of_its_own(
+    family: str, blocks: int | None, tmp_path: Path
+) -> None:
+    own = KINDS_BY_BLOCK.get(family)
+    model = tiny_teacher(family, config_fields=own) if own else build(family)
+    before, rows = model.config.to_dict(), BlockStack(model).vocab_size
+    model.config.pad_token_id = rows - 1  # one of those that are padding
+    student = student_like(teacher_of(model, rows - 2), blocks, "uniform")
     stack = BlockStack(student)
-    assert stack.num_blocks == (blocks or BLOCKS)
-    assert (stack.hidden_size, stack.vocab_size) == (BlockStack(model).hidden_size, VOCAB - 2)
-    assert student(torch.arange(6)[None]).logits.isfinite().all()
-    assert model.config.to_dict() == before
+    assert stack.num_blocks == (blocks or BlockStack(model).num_blocks)
+    assert (stack.hidden_size, stack.vocab_size) == (BlockStack(model).hidden_size, rows - 2)
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        logits = student(ids).logits
+    assert logits.isfinite().all()
+    assert model.config.to_dict() == before | {"pad_token_id": rows - 1}
     assert all(p.requires_grad and p.dtype == torch.float32 for p in student.parameters())
+    student.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(load_model(str(tmp_path)).model(ids).logits, logits)
+
+
+def test_its_blocks_are_of_the_kinds_of_those_they_start_from() -> None:
+    model = tiny_teacher("gemma3")
+    depth = BlockStack(model).num_blocks
+    kinds = model.config.layer_types = ["full_attention", "sliding_attention", "full_attention"]
+    assert depth == len(kinds)
+    last = student_like(teacher_of(model), 2, "last").config.layer_types
+    assert last == [kinds[0], kinds[2]]
+    assert student_like(teacher_of(model), 2, [0, 2]).config.layer_types == kinds[:2]
+    assert student_like(teacher_of(model), 4, [0, 1, 1, 2]).config.layer_types[:2] == kinds[:2]
+    with pytest.raises(UsageError, match="does not fit"):
+        student_like(teacher_of(model), 2, [0, 7])
+
+
+def test_a_depth_that_an_architecture_has_not_is_told() -> None:
+    model = build("llama")
+    type(model.config).layer_types = property(lambda config: ["full_attention"] * BLOCKS)
+    try:
+        with pytest.raises(InputError, match="There is no LlamaForCausalLM of 3 such blocks"):
+            student_like(teacher_of(model), 3, "uniform")
+    finally:
+        del type(model.config).layer_types
 
 
 @pytest.mark.slow

@@ -221,6 +221,25 @@ def test_held_out_states_need_room_and_time_too(tmp_path: Path) -> None:
         assert own.flops[0] > without.flops[0]
 
 
+def test_the_command_plans_for_its_held_out_text(tmp_path: Path) -> None:
+    from distillation.commands.distil import plan, prepare
+    from distillation.commands.settings import parse_arguments
+    from tests.contract.local_hub import save_tiny_gpt2, write_stories
+
+    save_tiny_gpt2(tmp_path / "teacher", blocks=2)
+    write_stories(tmp_path / "stories")
+    flags = ["--teacher_model_name_or_path", str(tmp_path / "teacher"), "--device", "cpu"]
+    flags += ["--dataset_name", str(tmp_path / "stories"), "--block_size", "32", "--plan"]
+    flags += ["--output_dir", str(tmp_path / "run"), "--student_n_embd", "16"]
+    plans = []
+    for tokens in ("0", "64"):
+        arguments = parse_arguments([*flags, "--validation_tokens", tokens])
+        plans.append(plan(prepare(arguments)[0], arguments))
+    none, some = plans
+    assert some.cache_bytes == none.cache_bytes + 64 * (48 + 16) * 4
+    assert some.stages[0].flops[0] > none.stages[0].flops[0]
+
+
 def test_a_loader_of_unknown_size_has_no_plan(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="how many tokens"):
         trainer_of(tmp_path, batches()).plan(1)

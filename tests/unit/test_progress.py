@@ -51,6 +51,20 @@ def test_without_a_plan_all_stages_take_equally_long(
     )
 
 
+def test_what_was_done_before_a_stop_is_no_measure_of_the_rest(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    progress = RunProgress(2, show=False)
+    progress.start_stages("block-00", ["block-00"], 100, done=80)
+    clock.now += 10
+    assert said(progress, 90, caplog).endswith("left 00:10 here, 01:50 in all")
+    clock.now += 10
+    progress.end_stages()
+    progress.start_stages("block-01", ["block-01"], 100)
+    clock.now += 50
+    assert said(progress, 50, caplog).endswith("left 00:50 here, 00:50 in all")
+
+
 def test_a_plan_says_how_much_longer_other_stages_are(
     clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
