@@ -92,7 +92,7 @@ def test_stitches_start_as_the_best_read_out_of_the_untrained_block(tmp_path: Pa
     assert fitted < 0.97 < 1.0 < random  # the mean predictor has 1
 
 
-@pytest.mark.parametrize("polished", [False, True])
+@pytest.mark.parametrize("polished", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_fixed_stitches_stay_as_they_start(tmp_path: Path, polished: bool) -> None:
     def train(name: str, epochs: int, *, learn: bool) -> tuple[bytes, dict[str, Any]]:
         trainer = DistillationTrainer(

@@ -167,11 +167,11 @@ def test_blocks_learn_and_both_errors_are_reported(tmp_path: Path, how: str) -> 
 @pytest.mark.parametrize(
     "options",
     [
-        {"block_inputs": "student"},
+        pytest.param({"block_inputs": "student"}, marks=pytest.mark.slow),
         pytest.param({"block_inputs": "teacher"}, marks=pytest.mark.slow),
         {"block_inputs": "teacher", "schedule": "decoupled"},
         pytest.param({"block_inputs": "mixed"}, marks=pytest.mark.slow),
-        {"schedule": "parallel_local"},
+        pytest.param({"schedule": "parallel_local"}, marks=pytest.mark.slow),
         pytest.param({"freeze_previous_blocks": False}, marks=pytest.mark.slow),
         pytest.param({"blocks": [1]}, marks=pytest.mark.slow),
         pytest.param({"schedule": "parallel_local", "blocks": [1]}, marks=pytest.mark.slow),

@@ -205,7 +205,7 @@ def test_threads_are_set_as_asked(run: Run, tmp_path: Path) -> None:
         assert saved(tmp_path)["environment"]["threads"] == int(count)
 
 
-@pytest.mark.parametrize("wanted", ["first", "last"])
+@pytest.mark.parametrize("wanted", ["first", pytest.param("last", marks=pytest.mark.slow)])
 def test_blocks_are_compared_with_those_they_learnt_from(
     wanted: str, run: Run, made: Path, tmp_path: Path
 ) -> None:

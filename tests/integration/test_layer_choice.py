@@ -105,6 +105,7 @@ def test_the_command_measures_once_and_goes_on_with_what_it_found(
     assert next(found) == (0.9, 0.5, 0.1)  # not measured again
 
 
+@pytest.mark.slow
 def test_the_doctor_takes_it_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from distillation.commands.doctor import main
 

@@ -121,7 +121,9 @@ KINDS_BY_BLOCK = {
 
 
 @pytest.mark.parametrize("family", [*CONFIGS, *KINDS_BY_BLOCK])
-@pytest.mark.parametrize("blocks", [None, 1, 3])
+@pytest.mark.parametrize(
+    "blocks", [*(pytest.param(blocks, marks=pytest.mark.slow) for blocks in (None, 1)), 3]
+)
 def test_every_architecture_has_students_of_its_own(
     family: str, blocks: int | None, tmp_path: Path
 ) -> None:

@@ -9,7 +9,10 @@ from cleangpt.checkpoints import Checkpoint, Checkpoints
 from tests.integration.test_resume import BEST, TRAINING, assert_same, run
 
 
-@pytest.mark.parametrize("idle", [{"lm_head_epochs": 0}, {"epochs_per_block": [0, 2]}])
+@pytest.mark.parametrize(
+    "idle",
+    [{"lm_head_epochs": 0}, pytest.param({"epochs_per_block": [0, 2]}, marks=pytest.mark.slow)],
+)
 def test_a_stop_in_the_polish_changes_no_bit(idle: dict[str, Any], tmp_path: Path) -> None:
     training = {**TRAINING, **idle}
     steps = 4 * (2 * 2 + 2 + 2) - 8

@@ -78,7 +78,9 @@ def test_code_that_is_trusted_runs_and_that_is_said(tmp_path: Path) -> None:
     assert "code that comes with teacher" in said
 
 
-@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "stored", [pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16]
+)
 def test_half_precision_teaches_as_the_numbers_it_stores(
     stored: torch.dtype, tmp_path: Path
 ) -> None:
