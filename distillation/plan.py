@@ -282,11 +282,12 @@ def _estimate(
     for way, is_kept in zip(passes, (True, False), strict=True):
         looks = way.steps + 1 if way.steps else 0
         again = 1 if is_kept or not looks else looks / way.steps
-        shares = 1 + work.held_out * again, way.steps + work.held_out * looks * LOSS_SHARE
+        computed = 1 + work.held_out * again
+        trained = way.steps + work.held_out * looks * LOSS_SHARE
         blocks = way.teacher_blocks * per_teacher + way.student_blocks * per_student
-        flops.append(work.positions * (shares[0] * blocks + shares[1] * step_flops))
+        flops.append(work.positions * (computed * blocks + trained * step_flops))
         time = way.teacher_blocks * costs.teacher_block + way.student_blocks * costs.student_block
-        seconds.append(work.batches * (shares[0] * time + shares[1] * step_seconds))
+        seconds.append(work.batches * (computed * time + trained * step_seconds))
     steps = math.ceil(work.batches) * passes[0].steps
     return StageEstimate(name, steps, (flops[0], flops[1]), (seconds[0], seconds[1]))
 
