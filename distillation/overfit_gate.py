@@ -79,21 +79,28 @@ def check_stages_learn(
         modules = [stage.student.model, *stage.modules().values()]
         with torch.random.fork_rng(), preserved_modes(*modules):
             torch.manual_seed(0)
-            first, best = _overfit(stage, batch, precision, device)
-        logger.info("%s on one small batch: loss %.4g, then %.4g.", stage.name, first, best)
-        if first > ALREADY_LEARNT and not best < (1 - MUST_FALL_BY) * first:
+            losses = _overfit(stage, batch, precision, device)
+        first, best = losses[0], min(filter(math.isfinite, losses), default=math.nan)
+        steps = len(losses) - 1
+        logger.info(
+            "%s on one small batch: loss %.4g, and %.4g within %d steps.",
+            *(stage.name, first, best, steps),
+        )
+        if not _has_learnt(first, best):
             raise InputError(
                 f"{stage.name} cannot learn: on one small batch its loss went from {first:.4g} to"
-                f" {best:.4g} in {STEPS} steps.",
+                f" {best:.4g} in {steps} steps.",
                 "If the teacher has massive activations, choose --distill_loss_type nmse; else look"
                 " at the student's block. --no_overfit_gate goes on regardless.",
             )
 
 
-def _overfit(
-    stage: Stage, batch: Batch, precision: Precision, device: torch.device
-) -> tuple[float, float]:
-    """The loss before the first step, and the lowest one."""
+def _has_learnt(first: float, loss: float) -> bool:
+    return first <= ALREADY_LEARNT or loss < (1 - MUST_FALL_BY) * first
+
+
+def _overfit(stage: Stage, batch: Batch, precision: Precision, device: torch.device) -> list[float]:
+    """The losses before the first step and after each, until one shows that the stage learns."""
     for parameter in stage.student.model.parameters():
         parameter.requires_grad_(False)
     stage.student.model.eval()  # dropout would hide what is asked
@@ -104,13 +111,14 @@ def _overfit(
     optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE)
     losses: list[float] = []
     try:
-        for _ in range(STEPS):
+        while True:
             optimizer.zero_grad(set_to_none=True)
             with precision.autocast(device):
                 loss = stage.loss(batch)
             losses.append(float(loss.detach()))
-            if not math.isfinite(losses[-1]):
-                break
+            is_decided = _has_learnt(losses[0], losses[-1]) or not math.isfinite(losses[-1])
+            if is_decided or len(losses) > STEPS:
+                return losses
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
@@ -119,5 +127,3 @@ def _overfit(
             for parameter, value in zip(parameters, before, strict=True):
                 parameter.copy_(value)
         optimizer.zero_grad(set_to_none=True)
-    finite = [value for value in losses if math.isfinite(value)]
-    return losses[0], min(finite, default=math.nan)

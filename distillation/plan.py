@@ -226,7 +226,10 @@ def _block_stages(
         )
         passes = work.over_passes(kept, streamed, fresh)
         name = f"block-{block:02d}"
-        stages.append(_estimate(name, teacher, student, work, costs, passes, step, training))
+        keeps = work.levels_fit or work.schedule != "parallel_local"
+        stages.append(
+            _estimate(name, teacher, student, work, costs, passes, step, training, keeps=keeps)
+        )
     return stages
 
 
@@ -263,7 +266,8 @@ def _polish_stage(
     step = costs.first_block_step + (blocks - 1) * costs.block_step + costs.head_step
     heads = 2.0 * teacher.vocab_size * (teacher.hidden_size + 3 * student.hidden_size)
     flops = 3 * blocks * block_flops(student, 0, work.seq_len) + heads
-    return _estimate("polish", teacher, student, work, costs, passes, step, flops)
+    keeps = work.levels_fit or not work.polish_reads_levels
+    return _estimate("polish", teacher, student, work, costs, passes, step, flops, keeps=keeps)
 
 
 def _estimate(
@@ -275,13 +279,20 @@ def _estimate(
     passes: tuple[Passes, Passes],
     step_seconds: float,
     step_flops: float,
+    *,
+    keeps: bool = True,
 ) -> StageEstimate:
+    """What the passes of a stage, with states kept and without, come to.
+
+    Where it does not keep any, because the levels that it wants side by side do not fit, those of
+    held-out text are computed again at every look as well.
+    """
     per_teacher = block_flops(teacher, 0, work.seq_len)
     per_student = block_flops(student, 0, work.seq_len)
     flops, seconds = [], []
     for way, is_kept in zip(passes, (True, False), strict=True):
         looks = way.steps + 1 if way.steps else 0
-        again = 1 if is_kept or not looks else looks / way.steps
+        again = 1 if (is_kept and keeps) or not looks else looks / way.steps
         computed = 1 + work.held_out * again
         trained = way.steps + work.held_out * looks * LOSS_SHARE
         blocks = way.teacher_blocks * per_teacher + way.student_blocks * per_student

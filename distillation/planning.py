@@ -42,9 +42,10 @@ def plan_training(
             "Give it a dataset with num_tokens, such as TextDataset, or with block_size.",
         )
     widths = small_widths(trainer.teacher_model, trainer.student_model, config.block_inputs)
-    # Held-out states are kept as well.
-    held_out = positions_in(trainer.validation_dataloader) or 0
-    need = needed_bytes(positions + held_out, widths, config.activation_dtype)
+    epochs = (epochs_per_block, head_epochs, polish_epochs)
+    work = _workload(trainer, positions, epochs)
+    kept = round(positions * (1 + work.held_out))
+    need = needed_bytes(kept, widths, config.activation_dtype)
     limit = config.activation_cache_gb
     unloaded = sum(p.nbytes for p in trainer.student_model.parameters() if p.is_meta)
     if all(parameter.is_meta for parameter in trainer.teacher_model.parameters()):
@@ -56,10 +57,8 @@ def plan_training(
         free_disk(trainer.run.path),
         None if limit is None else int(limit * 1e9),
     )
-    epochs = (epochs_per_block, head_epochs, polish_epochs)
-    work = _workload(trainer, positions, epochs)
     levels = work.levels_at_once(teacher.num_blocks)
-    all_levels = needed_bytes(positions + held_out, [widths[0]] * levels, config.activation_dtype)
+    all_levels = needed_bytes(kept, [widths[0]] * levels, config.activation_dtype)
     if cache.kind == "ram" and all_levels <= cache.budget_bytes:
         work = replace(work, levels_fit=True)
         need = max(need, all_levels)

@@ -1,5 +1,6 @@
 """A stage that cannot learn is found out before the run."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,18 @@ class Deaf(torch.nn.Module):
 def test_a_stage_that_cannot_learn_stops_the_run_and_is_named(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, tiny_student())
     trainer.backbone_trainer.hidden_state_loss_fn = Deaf()
-    with pytest.raises(InputError, match="block-00 cannot learn"):
+    with pytest.raises(InputError, match=r"block-00 cannot learn: .* in 40 steps\."):
         trainer.train(1, 1e-3)
+
+
+def test_a_stage_is_asked_no_longer_than_until_it_has_shown_that_it_learns(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    trainer_of(tmp_path, tiny_student()).train(1, 1e-3)
+    said = re.findall(r"loss (\S+), and (\S+) within (\d+) steps", caplog.text)
+    assert len(said) == tiny_student().config.n_layer + 1
+    assert all(float(best) < 0.9 * float(first) and 0 < int(n) < 40 for first, best, n in said)
 
 
 def test_a_head_that_cannot_learn_is_named_too(tmp_path: Path) -> None:

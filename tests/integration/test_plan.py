@@ -119,6 +119,11 @@ def test_a_loss_on_held_out_text_is_taken_before_the_first_epoch_and_after_each(
     assert head.seconds[0] == pytest.approx(9 * (1.25 * 0.1 + (2 + 0.25 * 3 / 3) * 7))
     assert [stage.steps for stage in (first, second, head)] == [18, 27, 18]
     assert first.flops[0] > planned().stages[0].flops[0]
+    local = dataclasses.replace(WORK, schedule="parallel_local", held_out=0.25)
+    again, steps = 2 + 0.25 * 3, (2 + 0.25 * 3 / 3) * 5  # no room for all levels
+    assert planned(local).stages[0].seconds[0] == pytest.approx(9 * (again * 1 + steps))
+    fits = planned(dataclasses.replace(local, levels_fit=True)).stages[0]
+    assert fits.seconds[0] == pytest.approx(9 * (1.25 * 1 + steps))
     none = dataclasses.replace(WORK, epochs_per_block=[0, 3], held_out=0.25)
     assert planned(none).stages[0].seconds == (0, 0)
 
