@@ -21,6 +21,7 @@ from benchmarks.quality_answers import (
     reading,
 )
 from benchmarks.quality_choices import perplexity, real_page, sizes_page
+from benchmarks.quality_compute import compute_table
 from benchmarks.quality_plan import ABOUT_ARMS, BUDGETS, KINDS, PRIMARY_CONTRASTS
 from benchmarks.quality_statistics import Contrast, estimate, holm, over_text
 from benchmarks.quality_tables import TABLES
@@ -45,6 +46,7 @@ def write_page(results: Path, docs: Path) -> Path:
         f"## H2: do stitches bridge widths?\n\n{answers(everything, STITCHES_BRIDGE)}",
         f"## H3: does a head phase of its own help?\n\n{answers(everything, HEAD_IMPROVES)}",
         f"## The goals\n\n{goals_table(everything)}",
+        f"## The same loss for less\n\n{compute_table(everything)}",
     ]
     for kind in KINDS:
         found = {key: group for key, group in groups.items() if key[1] == kind}

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.quality import RESULTS
 from benchmarks.quality_answers import goals_table, reading
 from benchmarks.quality_choices import real_page, sizes_page
+from benchmarks.quality_compute import compute_table, share_of_compute
 from benchmarks.quality_data import ALL_BUDGETS
 from benchmarks.quality_plan import (
     BUDGETS,
@@ -301,3 +302,27 @@ def test_a_share_of_the_way_to_the_teacher_is_shown_as_a_goal() -> None:
     assert line.startswith("| 60% of the way from scratch to the teacher | Vanilla | middle |")
     assert "closes 75% " in line
     assert line.endswith("| 5 | yes |")
+
+
+def test_how_much_compute_the_same_loss_takes_lies_between_two_budgets() -> None:
+    curve = [(1.0, 4.0), (4.0, 3.0), (16.0, 2.5)]
+    assert share_of_compute(curve, 3.5, 8.0) == pytest.approx(2 / 8)  # half way in the logarithm
+    assert share_of_compute(curve, 2.75, 16.0) == pytest.approx(8 / 16)
+    assert share_of_compute(curve, 4.5, 8.0) == 1 / 8
+    assert share_of_compute(curve, 2.0, 16.0) == math.inf
+
+    def group(losses: list[float]) -> dict[int, Any]:
+        return {seed: {"loss": loss} for seed, loss in enumerate(losses)}
+
+    groups = {
+        ("A5", "SASP", "small"): group([4.0, 4.0, 4.0]),
+        ("A5", "SASP", "middle"): group([3.0, 3.0]),
+        ("A1", "SASP", "middle"): group([5.0, 5.0]),
+        ("A3", "SASP", "middle"): group([3.5, 2.5]),
+    }
+    assert compute_table(groups).splitlines()[-2:] == [
+        "| A1 | SASP | middle | at most 33% | 2 |",
+        "| A3 | SASP | middle | more than 100% in 1 of 2 seeds | 2 |",
+    ]
+    groups["A3", "SASP", "middle"] = group([3.5, 3.5])
+    assert "| A3 | SASP | middle | 58% [58%, 58%] | 2 |" in compute_table(groups)
