@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Int
+from torch import Tensor, nn
 from transformers import GenerationConfig
 
 
@@ -84,13 +85,42 @@ def generate_ids(
     if room < 1:
         return []
     config = _generation_config(settings, room, eos_token_id)
-    cuda_devices = [device] if device.type == "cuda" else []
+    output = _generated(model, input_ids, config, settings.seed)
+    return [int(token) for token in output[0, len(prompt_ids) :]]
+
+
+@torch.no_grad()
+def continue_rows(
+    model: nn.Module,
+    rows: Int[Tensor, "rows prompt"],
+    settings: GenerationSettings,
+    *,
+    known: int,
+) -> Int[Tensor, "rows whole"]:
+    """Return rows of token ids, each continued by exactly ``max_new_tokens``, on the host.
+
+    Args:
+        model: Any causal LM that can generate.
+        rows: Beginnings of one length; with what follows they fit the model's context.
+        settings: How to continue them.
+        known: Only the first so many tokens of the vocabulary are written.
+    """
+    config = _generation_config(settings, settings.max_new_tokens, None)
+    vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
+    config.suppress_tokens = list(range(known, vocabulary)) or None
+    device = next(model.parameters()).device
+    return _generated(model, rows.to(device), config, settings.seed).cpu()
+
+
+def _generated(model: nn.Module, input_ids: Tensor, config: GenerationConfig, seed: int) -> Tensor:
+    """Prompts and what follows; the global random state stays as it is."""
+    cuda_devices = [input_ids.device] if input_ids.device.type == "cuda" else []
     with _neutral_defaults(model, config), torch.random.fork_rng(devices=cuda_devices):
-        torch.manual_seed(settings.seed)
-        output = model.generate(  # type: ignore[operator]
+        torch.manual_seed(seed)
+        output: Tensor = model.generate(  # type: ignore[operator]
             input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config
         )
-    return [int(token) for token in output[0, len(prompt_ids) :]]
+    return output
 
 
 def _generation_config(

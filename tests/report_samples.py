@@ -97,12 +97,32 @@ def audit_of() -> dict[str, Any]:
     return {"student_width": 16, "floor_widths": [8, 32], "levels": levels}
 
 
+OWN_TEXT = {
+    "num_windows": 3,
+    "prompt_tokens": 8,
+    "new_tokens": 24,
+    "text_loss_nats": 3.0,
+    "text_repetition": 0.125,
+    "models": [
+        {
+            "name": "student (Vanilla)",
+            "kl_text_nats": 0.3,
+            "kl_nats": 0.4,
+            "kl_quarters": [0.3, 0.4, 0.4, 0.5],
+            "teacher_loss_nats": 3.5,
+            "repetition": 0.625,
+        }
+    ],
+}
+
+
 def evaluation_of() -> dict[str, Any]:
     def model(name: str, role: str, perplexity: float) -> dict[str, Any]:
         counts = {"parameters": 4000, "embedding_parameters": 500, "non_embedding_parameters": 3500}
         shape = {"size_bytes": 16000, "num_blocks": 3, "hidden_size": 16, "vocab_size": 99}
         quality = {"loss_nats": 3.0, "perplexity": perplexity, "perplexity_ratio": 1.5}
         quality |= {"bits_per_byte": 1.0, "kl_nats": 0.3, "top1_agreement": 0.6, "num_tokens": 100}
+        quality["calibration_error"] = 0.05
         speed = {"forward_tokens_per_second": 1e3, "decode_tokens_per_second": 10.0, "repeats": 3}
         return {
             "name": name,
@@ -141,6 +161,7 @@ def evaluation_of() -> dict[str, Any]:
         },
         "generations": [{**generation, "continuations": {"student (Vanilla)": " more"}}],
         "generation_settings": {"max_new_tokens": 4},
+        "own_text": OWN_TEXT,
         "data": {**text, "num_tokens": 100, "num_bytes": 400, "seq_len": 64, "stride": 32,
                  "num_windows": 3},
         "settings": {},

@@ -5,6 +5,7 @@ It takes models, a tokenizer and texts, and returns numbers. It reads and writes
 """
 
 import logging
+import math
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from cleangpt.generation import GenerationSettings
 from cleangpt.runtime.module_state import preserved_modes
 from distillation.evaluation.hidden_comparison import compare_hidden_states
 from distillation.evaluation.metrics import quality_from_sums, score_models
+from distillation.evaluation.own_text import measure_own_text
 from distillation.evaluation.prompts import compare_generations, cut_prompts
 from distillation.evaluation.results import (
     FORMAT_VERSION,
@@ -131,13 +133,21 @@ def _evaluate(
     data = _data_result(tokens, texts, seq_len, stride)
     rows = _score(entries, tokens, data, settings)
     hidden = _compare_hidden(entries, tokens.ids, data, settings, stitches, layer_map, notes)
-    generations, generation_settings = _generate(entries, tokenizer, texts, settings, notes)
+    prompts = _prompts(texts, settings)
+    writers = _writers(entries, rows, notes) if prompts else {}
+    generations, generation_settings = _generate(writers, tokenizer, prompts, settings)
+    own_text = None
+    if writers:
+        own_text = measure_own_text(
+            writers, entries[0].stack, tokens.ids, seq_len=seq_len, seed=settings.seed
+        )
     result = EvaluationResult(
         format_version=FORMAT_VERSION,
         models=rows,
         hidden_states=hidden,
         generations=generations,
         generation_settings=generation_settings,
+        own_text=own_text,
         data=data,
         settings=asdict(settings),
         environment=_environment(entries),
@@ -326,32 +336,47 @@ def _compare_hidden(
     )
 
 
-def _generate(
-    entries: Sequence[_Entry],
-    tokenizer: Any,
-    texts: Sequence[str],
-    settings: EvaluationSettings,
-    notes: list[str],
-) -> tuple[list[Generation], dict[str, Any]]:
-    """Continuations of every model that can generate."""
-    prompts = [
+def _writers(
+    entries: Sequence[_Entry], rows: Sequence[ModelResult], notes: list[str]
+) -> dict[str, BlockStack]:
+    """The models that can write, by name; the others are noted."""
+    writers = {}
+    for entry, row in zip(entries, rows, strict=True):
+        problem = ""
+        if not hasattr(entry.stack.model, "generate"):
+            problem = "has no generate()"
+        elif not math.isfinite(row["quality"]["loss_nats"]):
+            problem = "gives NaN or infinity"
+        if problem:
+            notes.append(f"{entry.name} {problem} and is left out of the generations.")
+        else:
+            writers[entry.name] = entry.stack
+    return writers
+
+
+def _prompts(texts: Sequence[str], settings: EvaluationSettings) -> list[Generation]:
+    """The user's prompts, or those cut from the text; none unless asked for."""
+    return [
         Generation(mode="greedy", prompt=prompt, reference="", continuations={})
         for prompt in settings.prompts
     ] or cut_prompts(texts, settings.num_prompts, settings.max_new_tokens)
+
+
+def _generate(
+    writers: Mapping[str, BlockStack],
+    tokenizer: Any,
+    prompts: Sequence[Generation],
+    settings: EvaluationSettings,
+) -> tuple[list[Generation], dict[str, Any]]:
+    """Continuations of every model that can write."""
     if not prompts:
         return [], {}
-    stacks = {e.name: e.stack for e in entries if hasattr(e.stack.model, "generate")}
-    notes.extend(
-        f"{entry.name} has no generate() and is left out of the generations."
-        for entry in entries
-        if entry.name not in stacks
-    )
     generation_settings = GenerationSettings(
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,
         seed=settings.seed,
     )
-    return compare_generations(stacks, tokenizer, prompts, generation_settings)
+    return compare_generations(writers, tokenizer, prompts, generation_settings)
 
 
 def _environment(entries: Sequence[_Entry]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ by their count: batches, padding and ragged windows cannot weigh in. Models are 
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -20,6 +20,8 @@ from distillation.evaluation.scoring_windows import WindowBatch
 from distillation.losses.divergence import tempered_kl
 
 POSITIONS_PER_CHUNK = 256
+BINS = 15
+"""Of the calibration error, as many as Guo et al. take."""
 
 
 @runtime_checkable
@@ -36,12 +38,22 @@ class LogitModel(Protocol):
 
 @dataclass
 class TokenSums:
-    """Running sums over scored tokens: nats, divergence and agreements."""
+    """Running sums over scored tokens: nats, divergence, agreements, and confidence by bin.
+
+    Args:
+        num_tokens: Scored tokens.
+        loss: In nats.
+        kl: In nats.
+        agreements: Where model and teacher put the same token first.
+        overconfidence: For each bin of the first token's probability, the sum of that probability
+            less the number of times that it was the token that came.
+    """
 
     num_tokens: int = 0
     loss: float = 0.0
     kl: float = 0.0
     agreements: int = 0
+    overconfidence: list[float] = field(default_factory=lambda: [0.0] * BINS)
 
     def add(
         self,
@@ -59,10 +71,19 @@ class TokenSums:
             self.num_tokens += len(own)
             nats = F.cross_entropy(own, targets[rows], reduction="none")
             self.loss += nats.cpu().double().sum().item()  # Apple's GPUs have no float64
+            self._add_confidence(own, targets[rows])
             shared = min(own.shape[-1], theirs.shape[-1])
             own, theirs = own[:, :shared], theirs[:, :shared]
             self.kl += tempered_kl(own, theirs, temperature=1.0).item() * len(own)
             self.agreements += int((own.argmax(-1) == theirs.argmax(-1)).sum())
+
+    def _add_confidence(self, logits: Tensor, targets: Tensor) -> None:
+        highest, first = logits.max(-1)
+        confidence = (highest - logits.logsumexp(-1)).exp()
+        surplus = confidence - (first == targets).float()
+        bins = (confidence.nan_to_num() * BINS).ceil().long().clamp(1, BINS) - 1
+        for index, value in zip(bins.tolist(), surplus.tolist(), strict=True):
+            self.overconfidence[index] += value
 
 
 @torch.no_grad()
@@ -107,6 +128,8 @@ def quality_from_sums(sums: TokenSums, teacher: TokenSums, num_bytes: int) -> Qu
         bits_per_byte=sums.loss / math.log(2) / max(num_bytes, 1),
         kl_nats=sums.kl / count,
         top1_agreement=sums.agreements / count,
+        # Guo et al. 2017, arXiv:1706.04599, equation 3.
+        calibration_error=sum(abs(surplus) for surplus in sums.overconfidence) / count,
         num_tokens=sums.num_tokens,
     )
 

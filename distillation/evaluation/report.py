@@ -21,7 +21,12 @@ from distillation.evaluation import plots, tables
 from distillation.evaluation.audit_table import AUDIT_SENTENCE, AUDIT_TITLE, Table, read_audit
 from distillation.evaluation.results import EvaluationResult, without_non_finite
 from distillation.evaluation.safe_text import markdown_block, markdown_line
-from distillation.evaluation.terms import GLOSSARY, data_sentence, hidden_sentence
+from distillation.evaluation.terms import (
+    GLOSSARY,
+    data_sentence,
+    hidden_sentence,
+    own_text_sentence,
+)
 from distillation.report.page import evaluation_page
 
 if sys.platform != "win32":  # Windows has no flock; there the last evaluation to finish wins.
@@ -95,6 +100,10 @@ def report_markdown(
     if audit is not None:
         table = tables.markdown_table(*audit, markdown_line)
         parts += [f"## {AUDIT_TITLE}", AUDIT_SENTENCE, table]
+    own_text = own_text_sentence(result)
+    if own_text:
+        table = tables.markdown_table(*tables.own_text_table(result), markdown_line)
+        parts += ["## On text of their own", own_text, table]
     if result["generations"]:
         settings = json.dumps(result["generation_settings"])
         parts += ["## Generations", f"Same prompts, settings and seed for all: `{settings}`"]

@@ -80,6 +80,8 @@ class QualityResult(TypedDict):
         bits_per_byte: Bits per UTF-8 byte of the text; comparable across tokenizers.
         kl_nats: Mean KL(teacher || model) in nats per token; 0 for the teacher itself.
         top1_agreement: Fraction of tokens where both put the same token first, 0 to 1.
+        calibration_error: Expected calibration error, 0 to 1: how far the probability of the first
+            token is from how often it comes, mean over fifteen bins of that probability.
         num_tokens: Tokens scored.
     """
 
@@ -89,6 +91,7 @@ class QualityResult(TypedDict):
     bits_per_byte: float
     kl_nats: float
     top1_agreement: float
+    calibration_error: float
     num_tokens: int
 
 
@@ -200,6 +203,45 @@ class Generation(TypedDict):
     continuations: dict[str, str]
 
 
+class OwnText(TypedDict):
+    """One model on the text it writes itself; all over the same positions of the same windows.
+
+    Keys:
+        name: The model's, as in the other tables.
+        kl_text_nats: Mean KL(teacher || model) in nats per token, on the text itself.
+        kl_nats: The same on the model's own continuations, sampled at temperature 1.
+        kl_quarters: The same for each quarter of the continuations, in order.
+        teacher_loss_nats: The teacher's mean negative log likelihood of those tokens.
+        repetition: Of the greedy continuations, the share of 4-grams that repeat an earlier one.
+    """
+
+    name: str
+    kl_text_nats: float
+    kl_nats: float
+    kl_quarters: list[float]
+    teacher_loss_nats: float
+    repetition: float
+
+
+class OwnTextResult(TypedDict):
+    """What the models make of text they write themselves; see ``own_text.py``.
+
+    Keys:
+        num_windows: Beginnings that were continued.
+        prompt_tokens, new_tokens: Length of a beginning, and of what follows.
+        text_loss_nats: The teacher's loss on what the text itself goes on with.
+        text_repetition: The text's own share of repeated 4-grams.
+        models: In the usual order; those that cannot generate are left out.
+    """
+
+    num_windows: int
+    prompt_tokens: int
+    new_tokens: int
+    text_loss_nats: float
+    text_repetition: float
+    models: list[OwnText]
+
+
 class DataResult(TypedDict):
     """The text of the evaluation.
 
@@ -230,6 +272,7 @@ class EvaluationResult(TypedDict):
         hidden_states: Null if the student could not be compared; ``notes`` says why.
         generations: Empty unless asked for.
         generation_settings: What ``generations`` were made with, the same for every model.
+        own_text: Null unless generations were asked for, or where there is no room for it.
         data: The text.
         settings: ``EvaluationSettings`` as given.
         environment: Versions, device, threads and, from the command, its command line.
@@ -243,6 +286,7 @@ class EvaluationResult(TypedDict):
     hidden_states: HiddenResult | None
     generations: list[Generation]
     generation_settings: dict[str, Any]
+    own_text: OwnTextResult | None
     data: DataResult
     settings: dict[str, Any]
     environment: dict[str, Any]

@@ -28,6 +28,7 @@ DETAIL_COLUMNS = (
     "loss (nats)",
     "bits per byte",
     "perplexity ratio",
+    "calibration error",
     "decode tokens/s",
     "peak memory",
 )
@@ -38,6 +39,15 @@ BLOCK_COLUMNS = (
     "chained error",
     "local error",
     "cosine",
+)
+OWN_TEXT_COLUMNS = (
+    "model",
+    "KL on the text",
+    "KL on its own",
+    "first quarter",
+    "last quarter",
+    "teacher's loss of it",
+    "repeated",
 )
 HYBRID_COLUMNS = ("KL in the teacher", "KL with all before it")
 
@@ -115,6 +125,7 @@ def detail_table(result: EvaluationResult) -> tuple[tuple[str, ...], list[tuple[
             format_number(model["quality"]["loss_nats"], ".4f"),
             format_number(model["quality"]["bits_per_byte"], ".4f"),
             format_number(model["quality"]["perplexity_ratio"], ".3f"),
+            format_number(model["quality"].get("calibration_error"), ".4f"),
             _speed(model, "decode_tokens_per_second"),
             format_bytes(model["speed"]["peak_memory_bytes"] if model["speed"] else None),
         )
@@ -123,6 +134,27 @@ def detail_table(result: EvaluationResult) -> tuple[tuple[str, ...], list[tuple[
     kept = [i for i in range(len(DETAIL_COLUMNS)) if any(row[i] != "-" for row in rows)]
     columns = tuple(DETAIL_COLUMNS[i] for i in kept)
     return columns, [tuple(row[i] for i in kept) for row in rows]
+
+
+def own_text_table(result: EvaluationResult) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return columns and rows of the models on text of their own; no row without such figures."""
+    found = result.get("own_text")
+    if found is None:
+        return OWN_TEXT_COLUMNS, []
+    rows = [
+        (
+            clean_line(own["name"], 60),
+            format_number(own["kl_text_nats"], ".4f"),
+            format_number(own["kl_nats"], ".4f"),
+            format_number(own["kl_quarters"][0], ".4f"),
+            format_number(own["kl_quarters"][-1], ".4f"),
+            format_number(own["teacher_loss_nats"], ".3f"),
+            _percent(own["repetition"]),
+        )
+        for own in found["models"]
+    ]
+    text = (format_number(found["text_loss_nats"], ".3f"), _percent(found["text_repetition"]))
+    return OWN_TEXT_COLUMNS, [("the text itself", *["-"] * 4, *text), *rows]
 
 
 def block_table(result: EvaluationResult) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

@@ -14,6 +14,13 @@ GLOSSARY = {
     "KL to teacher": "KL(teacher || model) in nats per token, at temperature 1; 0 for the teacher.",
     "top-1 agreement": "how often the model's most likely token is the teacher's.",
     "bits per byte": "the loss per byte of text; comparable between tokenizers.",
+    "calibration error": "how far the probability of the first token is from how often it is the "
+    "one that comes, mean over 15 bins of that probability: 0 is perfect.",
+    "KL on its own": "KL to the teacher on text that the model sampled itself, beside that on the "
+    "text itself at the same places. One that grows from the first to the last quarter of the "
+    "continuation says that errors add up. The teacher's loss of it tells how likely such text is "
+    "to the teacher; too low a loss is a text that goes round in circles.",
+    "repeated": "share of 4-grams that repeat an earlier one, in greedy continuations.",
     "chained error": "squared error of a block's hidden states, divided by that of the teacher's "
     "own mean: 0 is perfect, 1 is what a constant reaches. The block reads what the student's "
     "blocks before it make.",
@@ -46,4 +53,16 @@ def hidden_sentence(result: EvaluationResult) -> str:
     return (
         f"Raw block outputs compared {STITCH_TEXTS[hidden['stitch']]}, over "
         f"{hidden['num_positions']:,} positions, as chained: each block gets its own model's input."
+    )
+
+
+def own_text_sentence(result: EvaluationResult) -> str:
+    """How models were compared on text of their own; empty where they were not."""
+    found = result.get("own_text")
+    if found is None:
+        return ""
+    return (
+        f"{found['num_windows']} beginnings of {found['prompt_tokens']} tokens, continued by each "
+        f"model with {found['new_tokens']} of its own, sampled at temperature 1; greedy for what "
+        "is repeated."
     )

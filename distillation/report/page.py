@@ -12,7 +12,12 @@ from cleangpt.safe_text import clean_line, clean_text
 from distillation.evaluation import tables
 from distillation.evaluation.audit_table import AUDIT_SENTENCE, AUDIT_TITLE, read_audit
 from distillation.evaluation.results import EvaluationResult
-from distillation.evaluation.terms import GLOSSARY, data_sentence, hidden_sentence
+from distillation.evaluation.terms import (
+    GLOSSARY,
+    data_sentence,
+    hidden_sentence,
+    own_text_sentence,
+)
 from distillation.report import block_figures, figures, words
 from distillation.report.run_files import (
     Run,
@@ -160,6 +165,8 @@ def _model_values(result: EvaluationResult | None) -> dict[str, Any]:
         "roles": roles,
         "model_figures": [figure] if figure else [],
         "generation_settings": json.dumps(result["generation_settings"]),
+        "own_text_sentence": own_text_sentence(result),
+        "own_text_table": tables.own_text_table(result),
         "student_name": result["models"][1]["name"],
     }
 

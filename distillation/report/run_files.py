@@ -16,6 +16,7 @@ from cleangpt.manifest import MANIFEST_NAME, read_manifest
 from cleangpt.run_lock import holder_lives
 from distillation.evaluation import tables
 from distillation.evaluation.results import FORMAT_VERSION, EvaluationResult, with_non_finite
+from distillation.evaluation.terms import own_text_sentence
 
 METRICS_NAME = "metrics.jsonl"
 LARGEST = 1e100
@@ -190,7 +191,14 @@ def read_evaluation(path: Path, problems: list[str]) -> EvaluationResult | None:
         if content.get("format_version") != FORMAT_VERSION:
             raise ValueError(f"format version {content.get('format_version')!r}")
         result = cast("EvaluationResult", with_non_finite(content))
-        for make in (tables.model_rows, tables.detail_table, tables.block_table, tables.summary):
+        for make in (
+            tables.model_rows,
+            tables.detail_table,
+            tables.own_text_table,
+            tables.block_table,
+            tables.summary,
+            own_text_sentence,
+        ):
             make(result)
         for item in result["generations"]:
             "".join([item["mode"], item["prompt"], item["reference"], *item["continuations"]])

@@ -134,6 +134,24 @@ def test_padded_vocabulary_rows_are_left_out_of_the_divergence() -> None:
     assert sums.agreements == 6
 
 
+def test_the_calibration_error_by_hand() -> None:
+    sure, torn = torch.tensor([5.0, 0.0]).log_softmax(-1), torch.tensor([0.0, 0.0])
+    sums = TokenSums()
+    # Three times the sure token comes, once not; of two tosses, both fall on the first side.
+    logits = torch.stack([sure, sure, sure, sure, torn, torn])
+    sums.add(logits, logits, torch.tensor([0, 0, 0, 1, 0, 0]))
+    high, half = 1 / (1 + math.exp(-5)), 0.5
+    expected = 4 / 6 * abs(high - 3 / 4) + 2 / 6 * abs(half - 1)
+    quality = quality_from_sums(sums, sums, num_bytes=1)
+    assert quality["calibration_error"] == pytest.approx(expected, rel=1e-5)
+    drawn = torch.randn(1, 40, generator=torch.Generator().manual_seed(0)).expand(20_000, 40)
+    generator = torch.Generator().manual_seed(1)
+    targets = torch.multinomial(drawn[0].softmax(-1), 20_000, True, generator=generator)
+    sums = TokenSums()
+    sums.add(drawn, drawn, targets)
+    assert quality_from_sums(sums, sums, num_bytes=1)["calibration_error"] < 0.01
+
+
 def test_bits_per_byte() -> None:
     sums = TokenSums(num_tokens=10, loss=10 * math.log(2))
     assert quality_from_sums(sums, sums, num_bytes=20)["bits_per_byte"] == pytest.approx(0.5)
