@@ -211,8 +211,13 @@ GAPS_TO_CLOSE = {"Vanilla": 0.60, "Factored": 0.45, "SASP": 0.45}
 """Shares of the way from training from scratch to the teacher."""
 
 
-def goals_table(groups: Groups) -> str:
-    """Each bar with the default recipe's loss less the other's; met where the whole interval is."""
+def goals_table(groups: Groups, half: Groups) -> str:
+    """Each bar with the default recipe's loss less the other's; met where the whole interval is.
+
+    Args:
+        groups: All records that can be compared.
+        half: Those of students with half of the teacher's parameters.
+    """
     head = [
         "goal",
         "student",
@@ -231,7 +236,7 @@ def goals_table(groups: Groups) -> str:
                 difference = found.difference
                 cells = [str(difference), str(difference.count), _is_met(found, goal.at_most)]
                 lines.append(table_line([goal.text, kind, budget, *cells]))
-    return "\n".join([*lines, *_gap_lines(groups)])
+    return "\n".join([*lines, *_gap_lines(half)])
 
 
 def _gap_lines(groups: Groups) -> list[str]:
@@ -244,7 +249,7 @@ def _gap_lines(groups: Groups) -> list[str]:
         closed = estimate([_gap(found[seed], floor[seed]) for seed in seeds])
         met = "yes" if closed.low >= share else "not shown" if closed.high >= share else "no"
         shown = f"closes {closed.mean:.0%} [{closed.low:.0%}, {closed.high:.0%}]"
-        goal = f"{share:.0%} of the way from scratch to the teacher"
+        goal = f"{share:.0%} of the way from scratch to the teacher, with half its parameters"
         cells = [shown, str(len(seeds)), met if len(seeds) >= FEWEST_SEEDS else "too few seeds"]
         lines.append(table_line([goal, kind, GAP_BUDGET, *cells]))
     return lines

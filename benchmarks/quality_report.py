@@ -33,7 +33,7 @@ def write_page(results: Path, docs: Path) -> Path:
     docs.mkdir(parents=True, exist_ok=True)
     by_table = {name: read_records(results / f"{name}.jsonl") for name in TABLES}
     arms_records = by_table["arms"]
-    apart = ("smollm2", "sizes")  # their arms bear the names of the main table's
+    apart = ("smollm2", "sizes", "half")  # their arms bear the names of the main table's
     records = [record for found in by_table.values() for record in found]
     comparable = [record for n, found in by_table.items() if n not in apart for record in found]
     groups, everything = grouped(arms_records), grouped(comparable)
@@ -45,7 +45,7 @@ def write_page(results: Path, docs: Path) -> Path:
         f"{answers(everything, (*BLOCKS_TRANSFER, *INPUTS))}",
         f"## H2: do stitches bridge widths?\n\n{answers(everything, STITCHES_BRIDGE)}",
         f"## H3: does a head phase of its own help?\n\n{answers(everything, HEAD_IMPROVES)}",
-        f"## The goals\n\n{goals_table(everything)}",
+        f"## The goals\n\n{goals_table(everything, grouped(by_table['half']))}",
         f"## The same loss for less\n\n{compute_table(everything)}",
     ]
     for kind in KINDS:
@@ -71,6 +71,7 @@ def write_page(results: Path, docs: Path) -> Path:
 
 
 OTHER_TABLES = {
+    "half": "Students with half of the teacher's parameters",
     "stitches": "Students by stitch",
     "heads": "Students by head phase",
     "inputs": "Students by what entered their blocks",

@@ -297,9 +297,10 @@ def test_a_share_of_the_way_to_the_teacher_is_shown_as_a_goal() -> None:
         return {n: {"loss": loss + spread * n * n, "teacher_loss": 3.0} for n in range(1, 6)}
 
     best, scratch = group(3.5, 0.001), group(5.0, 0.002)
-    table = goals_table({("A5", "Vanilla", "middle"): best, ("A0", "Vanilla", "middle"): scratch})
-    line = table.splitlines()[-1]
-    assert line.startswith("| 60% of the way from scratch to the teacher | Vanilla | middle |")
+    half = {("A5", "Vanilla", "middle"): best, ("A0", "Vanilla", "middle"): scratch}
+    line = goals_table({}, half).splitlines()[-1]
+    goal = "60% of the way from scratch to the teacher, with half its parameters"
+    assert line.startswith(f"| {goal} | Vanilla | middle |")
     assert "closes 75% " in line
     assert line.endswith("| 5 | yes |")
 
