@@ -31,7 +31,7 @@ from benchmarks.quality_runs import Arm
 TRIALS: Final = {
     "A0": [{"polish_lr": rate} for rate in (1e-3, 2e-3, 4e-3)],
     "A1": [{"polish_lr": rate} for rate in (1e-3, 2e-3, 4e-3)],
-    "A3": [{"polish_lr": rate} for rate in (2e-3, 4e-3, 8e-3)],
+    "A3": [{"polish_lr": rate} for rate in (2e-3, 4e-3, 8e-3, 16e-3)],
     "A4": [
         {"lr_per_block": 1e-3, "polish_lr": 2e-3},
         {"lr_per_block": 2e-3, "polish_lr": 2e-3},
