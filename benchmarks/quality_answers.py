@@ -5,8 +5,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.quality_plan import BUDGETS, HEAD_SHARES, KINDS, REAL_KIND, WIDTHS
-from benchmarks.quality_statistics import Contrast, contrast, estimate
+from benchmarks.quality_plan import (
+    BUDGETS,
+    HEAD_SHARES,
+    KINDS,
+    PRIMARY_CONTRASTS,
+    REAL_KIND,
+    WIDTHS,
+)
+from benchmarks.quality_statistics import Contrast, contrast, estimate, holm
 from benchmarks.quality_tables import TABLES
 from benchmarks.report import table_line
 
@@ -48,6 +55,27 @@ def reading(found: Contrast) -> str:
     if difference.low <= 0 <= difference.high:
         return "no difference shown"
     return "better" if difference.mean < 0 else "worse"
+
+
+def corrected(words: str, p: float) -> str:
+    """A reading, and whether it stands among all the contrasts that were looked at."""
+    return f"{words}, not after Holm" if words in ("better", "worse") and not p < 0.05 else words
+
+
+PrimaryValues = dict[tuple[str, str, str, str], float]
+"""P-values by (first arm, second arm, kind, budget)."""
+
+
+def primary_values(groups: Groups) -> PrimaryValues:
+    """Those of the primary contrasts, with Holm's correction over all that were looked at."""
+    found = {
+        (first, second, kind, budget): difference.p_value
+        for first, second in PRIMARY_CONTRASTS
+        for kind in KINDS
+        for budget in BUDGETS
+        if (difference := paired(groups, first, second, kind, budget))
+    }
+    return dict(zip(found, holm(list(found.values())), strict=True))
 
 
 def progress(records: Sequence[Record]) -> str:
@@ -134,7 +162,7 @@ HEAD_IMPROVES = tuple(
 
 def answers(groups: Groups, questions: Sequence[Question]) -> str:
     """One sentence per student and question: where it helps, where it hurts."""
-    lines = []
+    lines, adjusted = [], primary_values(groups)
     for kind in KINDS:
         for question in questions:
             found = {
@@ -144,14 +172,19 @@ def answers(groups: Groups, questions: Sequence[Question]) -> str:
             }
             if found:
                 name = f"({question.first} - {question.second})"
-                parts = [_in_words(budget, each) for budget, each in found.items()]
+                arms = question.first, question.second, kind
+                parts = [
+                    _in_words(budget, each, adjusted.get((*arms, budget), 0.0))
+                    for budget, each in found.items()
+                ]
                 lines.append(f"- **{kind}.** {question.asks} {name}: {'; '.join(parts)}.")
     return "\n".join(lines) if lines else "No answer yet."
 
 
-def _in_words(budget: str, found: Contrast) -> str:
+def _in_words(budget: str, found: Contrast, p: float) -> str:
     difference = found.difference
-    return f"{reading(found)} at the {budget} budget ({difference} nats, {difference.count} seeds)"
+    words = corrected(reading(found), p)
+    return f"{words} at the {budget} budget ({difference} nats, {difference.count} seeds)"
 
 
 @dataclass(frozen=True)
@@ -236,10 +269,11 @@ def goals_table(groups: Groups, half: Groups) -> str:
                 difference = found.difference
                 cells = [str(difference), str(difference.count), _is_met(found, goal.at_most)]
                 lines.append(table_line([goal.text, kind, budget, *cells]))
-    return "\n".join([*lines, *_gap_lines(half)])
+    gaps = _gap_lines(half, "half of its parameters") + _gap_lines(groups, "a third of them")
+    return "\n".join([*lines, *gaps])
 
 
-def _gap_lines(groups: Groups) -> list[str]:
+def _gap_lines(groups: Groups, size: str) -> list[str]:
     lines = []
     for kind, share in GAPS_TO_CLOSE.items():
         found, floor = (groups.get((arm, kind, GAP_BUDGET), {}) for arm in ("A5", "A0"))
@@ -249,7 +283,7 @@ def _gap_lines(groups: Groups) -> list[str]:
         closed = estimate([_gap(found[seed], floor[seed]) for seed in seeds])
         met = "yes" if closed.low >= share else "not shown" if closed.high >= share else "no"
         shown = f"closes {closed.mean:.0%} [{closed.low:.0%}, {closed.high:.0%}]"
-        goal = f"{share:.0%} of the way from scratch to the teacher, with half its parameters"
+        goal = f"{share:.0%} of the way from scratch to the teacher, with {size}"
         cells = [shown, str(len(seeds)), met if len(seeds) >= FEWEST_SEEDS else "too few seeds"]
         lines.append(table_line([goal, kind, GAP_BUDGET, *cells]))
     return lines

@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from benchmarks.quality_answers import Groups
+from benchmarks.quality_answers import FEWEST_SEEDS, Groups
 from benchmarks.quality_plan import BUDGETS, KINDS, SHORTENED
 from benchmarks.quality_statistics import estimate
 from benchmarks.report import table_line
@@ -31,21 +31,27 @@ def compute_table(groups: Groups) -> str:
 
 
 def shares(groups: Groups, other: str, kind: str, budget: str) -> list[float]:
-    """The share that each seed says, of the seeds that all have; see :func:`share_of_compute`."""
+    """The share that each seed says; see :func:`share_of_compute`.
+
+    Of the seeds of both arms at that budget, and A5's other budgets that have them all.
+    """
+    ends = [groups.get((arm, kind, budget), {}) for arm in (BEST, other)]
+    seeds = sorted(set(ends[0]).intersection(ends[1]))
     curves = {
-        name: groups[BEST, kind, name]
+        operations: group
         for name, operations in OPERATIONS.items()
-        if operations <= BUDGETS[budget] and (BEST, kind, name) in groups
+        if operations <= BUDGETS[budget]
+        and set(group := groups.get((BEST, kind, name), {})).issuperset(seeds)
     }
-    target = groups.get((other, kind, budget), {})
-    seeds = set(target).intersection(*curves.values()) if len(curves) > 1 else set()
+    if len(curves) < 2:
+        return []
     return [
         share_of_compute(
-            sorted((OPERATIONS[name], group[seed]["loss"]) for name, group in curves.items()),
-            target[seed]["loss"],
+            sorted((operations, group[seed]["loss"]) for operations, group in curves.items()),
+            ends[1][seed]["loss"],
             BUDGETS[budget],
         )
-        for seed in sorted(seeds)
+        for seed in seeds
     ]
 
 
@@ -68,11 +74,15 @@ def share_of_compute(
 
 
 def in_words(found: Sequence[float], least: float) -> str:
-    """The shares of all seeds as one cell; the least is that of the smallest budget."""
+    """The shares of all seeds as one cell; the least is that of the smallest budget.
+
+    A seed that is ahead at the smallest budget already may need less than that.
+    """
     never = sum(math.isinf(share) for share in found)
     if never:
-        return f"more than 100% in {never} of {len(found)} seeds"
-    if max(found) <= least:
-        return f"at most {least:.0%}"
-    mean = estimate(found)
-    return f"{mean.mean:.0%} [{mean.low:.0%}, {mean.high:.0%}]"
+        shown = f"more than 100% in {never} of {len(found)} seeds"
+    else:
+        mean = estimate(found)
+        exactly = f"{mean.mean:.0%} [{mean.low:.0%}, {mean.high:.0%}]"
+        shown = f"at most {mean.mean:.0%}" if min(found) <= least else exactly
+    return shown if len(found) >= FEWEST_SEEDS else f"{shown}, too few seeds"

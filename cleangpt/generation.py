@@ -95,7 +95,7 @@ def continue_rows(
     rows: Int[Tensor, "rows prompt"],
     settings: GenerationSettings,
     *,
-    known: int,
+    never: Sequence[int] = (),
 ) -> Int[Tensor, "rows whole"]:
     """Return rows of token ids, each continued by exactly ``max_new_tokens``, on the host.
 
@@ -103,11 +103,10 @@ def continue_rows(
         model: Any causal LM that can generate.
         rows: Beginnings of one length; with what follows they fit the model's context.
         settings: How to continue them.
-        known: Only the first so many tokens of the vocabulary are written.
+        never: Tokens that are not written.
     """
     config = _generation_config(settings, settings.max_new_tokens, None)
-    vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
-    config.suppress_tokens = list(range(known, vocabulary)) or None
+    config.suppress_tokens = list(never) or None
     device = next(model.parameters()).device
     return _generated(model, rows.to(device), config, settings.seed).cpu()
 

@@ -35,7 +35,7 @@ GATE_BYTES = 256 * 2**20
 
 
 def check_run_learns(backbone: Any, head: Any, polish: Any) -> None:
-    """Let every stage of a run overfit a few windows, on states of its own.
+    """Let every stage of a run show on a few windows that it learns, on states of its own.
 
     Args:
         backbone: The run's backbone trainer.
@@ -62,7 +62,7 @@ def check_run_learns(backbone: Any, head: Any, polish: Any) -> None:
 def check_stages_learn(
     stages: Sequence[Stage], batch: Batch, precision: Precision, device: torch.device
 ) -> None:
-    """Let each stage overfit a small batch; the weights are as before afterwards.
+    """Let each stage learn a small batch until that shows; the weights are as before afterwards.
 
     Args:
         stages: In the order of the run. Each finds the others' weights as they are now.

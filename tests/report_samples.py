@@ -107,6 +107,7 @@ OWN_TEXT = {
         {
             "name": "student (Vanilla)",
             "kl_text_nats": 0.3,
+            "kl_text_quarters": [0.3, 0.3, 0.3, 0.2],
             "kl_nats": 0.4,
             "kl_quarters": [0.3, 0.4, 0.4, 0.5],
             "teacher_loss_nats": 3.5,

@@ -298,7 +298,7 @@ def _add_stage_flags(parser: CommandParser) -> None:
             "start the head from the teacher's",
         ),
         "polish_hidden_fade": ("no_polish_hidden_fade", "let that factor fall to zero"),
-        "overfit_gate": ("no_overfit_gate", "let every stage overfit a small batch first"),
+        "overfit_gate": ("no_overfit_gate", "let every stage show on a small batch that it learns"),
     }
     orders = ("sequential", "parallel_local", "decoupled")
     meaning = "blocks in turn, all in one pass, or each in a process of its own"

@@ -282,7 +282,8 @@ def _add_measurement_flags(parser: CommandParser) -> None:
     add(
         "--generate_comparisons",
         action="store_true",
-        help="let all models continue the same prompts, greedy and sampled",
+        help="let all models continue the same prompts, greedy and sampled, and compare them with"
+        " the teacher on text that they write themselves",
     )
     add(
         "--num_comparison_prompts",

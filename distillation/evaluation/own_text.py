@@ -68,20 +68,25 @@ def _of_model(
 ) -> OwnText:
     prompt = text.shape[1] - settings.max_new_tokens
     on_text, _ = _compared(stack, teacher, text, prompt)
-    known = min(stack.vocab_size, teacher.vocab_size)
+    unknown = range(teacher.vocab_size, stack.vocab_size)  # to the teacher, who is to read them
     sampled, greedy = (
-        continue_rows(stack.model, text[:, :prompt], how, known=known)
+        continue_rows(stack.model, text[:, :prompt], how, never=unknown)
         for how in (replace(settings, do_sample=True), settings)
     )
     kl, loss = _compared(stack, teacher, sampled, prompt)
     return OwnText(
         name=name,
         kl_text_nats=float(on_text.mean()),
+        kl_text_quarters=_quarters(on_text),
         kl_nats=float(kl.mean()),
-        kl_quarters=[float(part.mean()) for part in kl.chunk(QUARTERS, dim=1)],
+        kl_quarters=_quarters(kl),
         teacher_loss_nats=float(loss.mean()),
         repetition=repetition(greedy[:, prompt:]),
     )
+
+
+def _quarters(kl: Float[Tensor, "rows new"]) -> list[float]:
+    return [float(part.mean()) for part in kl.chunk(QUARTERS, dim=1)]
 
 
 @torch.no_grad()
@@ -109,12 +114,12 @@ def _log_probabilities(
 
 
 def repetition(rows: Int[Tensor, "rows seq"], gram: int = GRAM) -> float:
-    """The share of a row's n-grams that it holds more than once, mean over the rows.
+    """The share of a row's n-grams that repeat an earlier one, mean over the rows.
 
     ``1 - different n-grams / n-grams``: seq-rep-n of Welleck et al. 2020, arXiv:1908.04319.
 
     Args:
-        rows: Token ids; rows of fewer tokens than ``gram`` have no n-grams.
+        rows: Token ids, at least ``gram`` of them in a row.
         gram: n.
 
     Example:

@@ -209,7 +209,8 @@ class OwnText(TypedDict):
     Keys:
         name: The model's, as in the other tables.
         kl_text_nats: Mean KL(teacher || model) in nats per token, on the text itself.
-        kl_nats: The same on the model's own continuations, sampled at temperature 1.
+        kl_text_quarters: The same for each quarter of what follows a beginning, in order.
+        kl_nats: KL as above, on the model's own continuations, sampled at temperature 1.
         kl_quarters: The same for each quarter of the continuations, in order.
         teacher_loss_nats: The teacher's mean negative log likelihood of those tokens.
         repetition: Of the greedy continuations, the share of 4-grams that repeat an earlier one.
@@ -217,6 +218,7 @@ class OwnText(TypedDict):
 
     name: str
     kl_text_nats: float
+    kl_text_quarters: list[float]
     kl_nats: float
     kl_quarters: list[float]
     teacher_loss_nats: float

@@ -43,9 +43,9 @@ BLOCK_COLUMNS = (
 OWN_TEXT_COLUMNS = (
     "model",
     "KL on the text",
+    "first / last quarter",
     "KL on its own",
-    "first quarter",
-    "last quarter",
+    "first / last quarter",
     "teacher's loss of it",
     "repeated",
 )
@@ -145,9 +145,9 @@ def own_text_table(result: EvaluationResult) -> tuple[tuple[str, ...], list[tupl
         (
             clean_line(own["name"], 60),
             format_number(own["kl_text_nats"], ".4f"),
+            _ends(own["kl_text_quarters"]),
             format_number(own["kl_nats"], ".4f"),
-            format_number(own["kl_quarters"][0], ".4f"),
-            format_number(own["kl_quarters"][-1], ".4f"),
+            _ends(own["kl_quarters"]),
             format_number(own["teacher_loss_nats"], ".3f"),
             _percent(own["repetition"]),
         )
@@ -237,6 +237,10 @@ def markdown_table(
     rule = ["---", *["---:"] * (len(columns) - 1)]
     lines = [list(columns), rule, *([escape(cell) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _ends(quarters: Sequence[float]) -> str:
+    return f"{format_number(quarters[0], '.3f')} / {format_number(quarters[-1], '.3f')}"
 
 
 def _percent(fraction: float) -> str:

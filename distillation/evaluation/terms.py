@@ -17,9 +17,9 @@ GLOSSARY = {
     "calibration error": "how far the probability of the first token is from how often it is the "
     "one that comes, mean over 15 bins of that probability: 0 is perfect.",
     "KL on its own": "KL to the teacher on text that the model sampled itself, beside that on the "
-    "text itself at the same places. One that grows from the first to the last quarter of the "
-    "continuation says that errors add up. The teacher's loss of it tells how likely such text is "
-    "to the teacher; too low a loss is a text that goes round in circles.",
+    "text itself at the same places. One that grows along the continuation, more than on the text, "
+    "says that errors add up. The teacher's loss of it tells how likely such text is to the "
+    "teacher; too low a loss is a text that goes round in circles.",
     "repeated": "share of 4-grams that repeat an earlier one, in greedy continuations.",
     "chained error": "squared error of a block's hidden states, divided by that of the teacher's "
     "own mean: 0 is perfect, 1 is what a constant reaches. The block reads what the student's "

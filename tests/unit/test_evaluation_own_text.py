@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from cleangpt.blocks import BlockStack
 from cleangpt.generation import GenerationSettings, continue_rows, generate_ids
@@ -42,6 +43,8 @@ def test_the_text_itself_is_compared_as_by_plain_forward_passes() -> None:
     assert second["kl_text_nats"] == pytest.approx(sum(divergences) / 6, rel=1e-4)
     assert found["text_loss_nats"] == pytest.approx(sum(losses) / 6, rel=1e-5)
     assert first["kl_text_nats"] == first["kl_nats"] == 0.0
+    quarters = sum(second["kl_text_quarters"]) / 4
+    assert second["kl_text_nats"] == pytest.approx(quarters, rel=1e-5)
     assert second["kl_nats"] == pytest.approx(sum(second["kl_quarters"]) / 4, rel=1e-5)
     assert second["kl_nats"] > 0
 
@@ -73,7 +76,7 @@ def test_repetition_by_hand() -> None:
 def test_rows_are_continued_as_each_alone() -> None:
     rows = torch.tensor([TEXT[:5], TEXT[50:55]])
     settings = GenerationSettings(max_new_tokens=6)
-    whole = continue_rows(teacher(), rows, settings, known=VOCAB)
+    whole = continue_rows(teacher(), rows, settings)
     assert whole[:, :5].equal(rows)
     for row, continued in zip(rows.tolist(), whole[:, 5:].tolist(), strict=True):
         assert continued == generate_ids(teacher(), row, settings)
@@ -86,10 +89,26 @@ def test_no_token_is_written_that_the_teacher_does_not_know() -> None:
     rows = torch.tensor([TEXT[:5], TEXT[50:55]])
     for do_sample in (False, True):
         settings = GenerationSettings(max_new_tokens=20, do_sample=do_sample, top_k=0)
-        free = continue_rows(model, rows, settings, known=VOCAB + 40)
+        free = continue_rows(model, rows, settings)
         assert free.max() >= VOCAB
-        assert continue_rows(model, rows, settings, known=VOCAB).max() < VOCAB
+        assert continue_rows(model, rows, settings, never=range(VOCAB, VOCAB + 40)).max() < VOCAB
     assert math.isfinite(measured(model)["models"][1]["kl_nats"])
+
+
+def test_models_of_other_vocabularies_and_configurations_are_measured() -> None:
+    judge = BlockStack(teacher(vocab_size=VOCAB + 40))
+    stacks = {"teacher": judge, "student": BlockStack(student())}
+    found = measure_own_text(stacks, judge, TEXT, seq_len=32, seed=0)
+    assert found is not None
+    assert found["models"][1]["kl_nats"] > 0
+    # A model for images too keeps the sizes of its text part in a configuration of their own.
+    text = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 32, "head_dim": 8}
+    text |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    images = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    images |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config=text, vision_config=images, mm_tokens_per_image=4)
+    config.image_token_id = config.boi_token_index = config.eoi_token_index = VOCAB - 1
+    assert measured(Gemma3ForConditionalGeneration(config).eval())["models"][1]["kl_nats"] > 0
 
 
 @pytest.mark.parametrize("too_little", [{"seq_len": 3}, {"ids": TEXT[:20]}])

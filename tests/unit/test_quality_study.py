@@ -299,7 +299,7 @@ def test_a_share_of_the_way_to_the_teacher_is_shown_as_a_goal() -> None:
     best, scratch = group(3.5, 0.001), group(5.0, 0.002)
     half = {("A5", "Vanilla", "middle"): best, ("A0", "Vanilla", "middle"): scratch}
     line = goals_table({}, half).splitlines()[-1]
-    goal = "60% of the way from scratch to the teacher, with half its parameters"
+    goal = "60% of the way from scratch to the teacher, with half of its parameters"
     assert line.startswith(f"| {goal} | Vanilla | middle |")
     assert "closes 75% " in line
     assert line.endswith("| 5 | yes |")
@@ -312,18 +312,36 @@ def test_how_much_compute_the_same_loss_takes_lies_between_two_budgets() -> None
     assert share_of_compute(curve, 4.5, 8.0) == 1 / 8
     assert share_of_compute(curve, 2.0, 16.0) == math.inf
 
-    def group(losses: list[float]) -> dict[int, Any]:
-        return {seed: {"loss": loss} for seed, loss in enumerate(losses)}
+    def table(known: dict[tuple[str, str], list[float]]) -> list[str]:
+        groups = {
+            (arm, "SASP", budget): {seed: {"loss": loss} for seed, loss in enumerate(losses)}
+            for (arm, budget), losses in known.items()
+        }
+        return [
+            line.removeprefix("| A")
+            for line in compute_table(groups).splitlines()
+            if line.startswith("| A")
+        ]
 
-    groups = {
-        ("A5", "SASP", "small"): group([4.0, 4.0, 4.0]),
-        ("A5", "SASP", "middle"): group([3.0, 3.0]),
-        ("A1", "SASP", "middle"): group([5.0, 5.0]),
-        ("A3", "SASP", "middle"): group([3.5, 2.5]),
+    known = {
+        ("A5", "small"): [4.0] * 6,
+        ("A5", "middle"): [3.0] * 5,
+        ("A1", "middle"): [5.0] * 5,
+        ("A3", "middle"): [3.5] * 4 + [2.5],
+        ("A3", "large"): [2.0] * 5,  # A5 has not run there yet
     }
-    assert compute_table(groups).splitlines()[-2:] == [
-        "| A1 | SASP | middle | at most 33% | 2 |",
-        "| A3 | SASP | middle | more than 100% in 1 of 2 seeds | 2 |",
+    assert table(known) == [
+        "1 | SASP | middle | at most 33% | 5 |",
+        "3 | SASP | middle | more than 100% in 1 of 5 seeds | 5 |",
     ]
-    groups["A3", "SASP", "middle"] = group([3.5, 3.5])
-    assert "| A3 | SASP | middle | 58% [58%, 58%] | 2 |" in compute_table(groups)
+    known["A3", "middle"] = [3.5] * 5
+    assert table(known)[1] == "3 | SASP | middle | 58% [58%, 58%] | 5 |"
+    # A budget that only some seeds have is left out; one seed that is ahead at once bounds it.
+    known["A5", "two thirds of middle"] = [3.4] * 2
+    assert table(known)[1] == "3 | SASP | middle | 58% [58%, 58%] | 5 |"
+    known["A5", "two thirds of middle"] = [3.4] * 5
+    assert table(known)[1] == "3 | SASP | middle | 59% [59%, 59%] | 5 |"
+    known["A3", "middle"] = [3.5] * 4 + [4.5]
+    assert table(known)[1] == "3 | SASP | middle | at most 54% | 5 |"
+    known["A3", "middle"] = [3.5] * 3
+    assert table(known)[1] == "3 | SASP | middle | 59% [59%, 59%], too few seeds | 3 |"
