@@ -1,4 +1,4 @@
-"""How much of another arm's compute the default recipe needs for the same loss."""
+"""How much of another arm's compute the default recipe needs, and why bars are not met."""
 
 import itertools
 import math
@@ -86,3 +86,38 @@ def in_words(found: Sequence[float], least: float) -> str:
         exactly = f"{mean.mean:.0%} [{mean.low:.0%}, {mean.high:.0%}]"
         shown = f"at most {mean.mean:.0%}" if min(found) <= least else exactly
     return shown if len(found) >= FEWEST_SEEDS else f"{shown}, too few seeds"
+
+
+def reasons(groups: Groups, half: Groups) -> str:
+    """Why goals are not met, as far as the records tell.
+
+    Args:
+        groups: All records that can be compared.
+        half: Those of students with half of the teacher's parameters.
+    """
+    found = []
+    floors = {kind: _mean_loss(groups, "A0", kind) for kind in KINDS}
+    ends = {kind: _mean_loss(half, BEST, kind) for kind in ("Factored", "SASP")}
+    if not any(math.isnan(loss) for loss in (*floors.values(), *ends.values())):
+        shown = ", ".join(f"{kind} {loss:.2f}" for kind, loss in floors.items())
+        found.append(
+            "- **The way from scratch to the teacher.** SASP learns the text from scratch faster"
+            f" than the other kinds (A0 at the middle budget: {shown}). With half of the teacher's"
+            f" parameters A5 makes of it about what it makes of Factored ({ends['SASP']:.2f} and"
+            f" {ends['Factored']:.2f}), which is a smaller share of a shorter way."
+        )
+    needed = shares(groups, "A3", "Vanilla", "middle")
+    if len(needed) >= FEWEST_SEEDS and max(needed) < math.inf:
+        lead = 1 - estimate(needed).mean
+        found.append(
+            "- **Two thirds of A3's compute.** What A5 is ahead of A3 by at the middle budget is"
+            f" worth {lead:.0%} of the compute for Vanilla, where 33% was asked for: its lead is"
+            " smaller there than at the small budget (H1)."
+        )
+    return "\n".join(found)
+
+
+def _mean_loss(groups: Groups, arm: str, kind: str) -> float:
+    records = groups.get((arm, kind, "middle"), {}).values()
+    losses = [record["loss"] for record in records]
+    return estimate(losses).mean if len(losses) >= FEWEST_SEEDS else math.nan

@@ -23,7 +23,7 @@ from benchmarks.quality_answers import (
     reading,
 )
 from benchmarks.quality_choices import perplexity, real_page, sizes_page
-from benchmarks.quality_compute import compute_table
+from benchmarks.quality_compute import compute_table, reasons
 from benchmarks.quality_plan import ABOUT_ARMS, BUDGETS, KINDS, PRIMARY_CONTRASTS
 from benchmarks.quality_statistics import Contrast, estimate, over_text
 from benchmarks.quality_tables import TABLES
@@ -39,6 +39,7 @@ def write_page(results: Path, docs: Path) -> Path:
     records = [record for found in by_table.values() for record in found]
     comparable = [record for n, found in by_table.items() if n not in apart for record in found]
     groups, everything = grouped(arms_records), grouped(comparable)
+    half = grouped(by_table["half"])
     sections = [
         HEAD,
         about_data(arms_records),
@@ -47,7 +48,7 @@ def write_page(results: Path, docs: Path) -> Path:
         f"{answers(everything, (*BLOCKS_TRANSFER, *INPUTS))}",
         f"## H2: do stitches bridge widths?\n\n{answers(everything, STITCHES_BRIDGE)}",
         f"## H3: does a head phase of its own help?\n\n{answers(everything, HEAD_IMPROVES)}",
-        f"## The goals\n\n{goals_table(everything, grouped(by_table['half']))}",
+        f"## The goals\n\n{goals_table(everything, half)}\n\n{reasons(everything, half)}",
         f"## The same loss for less\n\n{compute_table(everything)}",
     ]
     for kind in KINDS:

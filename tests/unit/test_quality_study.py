@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.quality import RESULTS
 from benchmarks.quality_answers import goals_table, reading
 from benchmarks.quality_choices import real_page, sizes_page
-from benchmarks.quality_compute import compute_table, share_of_compute
+from benchmarks.quality_compute import compute_table, reasons, share_of_compute
 from benchmarks.quality_data import ALL_BUDGETS
 from benchmarks.quality_plan import (
     BUDGETS,
@@ -345,3 +345,25 @@ def test_how_much_compute_the_same_loss_takes_lies_between_two_budgets() -> None
     assert table(known)[1] == "3 | SASP | middle | at most 54% | 5 |"
     known["A3", "middle"] = [3.5] * 3
     assert table(known)[1] == "3 | SASP | middle | 59% [59%, 59%], too few seeds | 3 |"
+
+
+def test_a_bar_that_is_not_met_has_its_reason_from_the_records() -> None:
+    def group(loss: float, count: int = 5) -> dict[int, Any]:
+        return {seed: {"loss": loss} for seed in range(count)}
+
+    middle: dict[tuple[str, str, str], Any] = {
+        ("A0", "Vanilla", "middle"): group(5.2),
+        ("A0", "Factored", "middle"): group(5.0),
+        ("A0", "SASP", "middle"): group(4.5),
+    }
+    half = {
+        ("A5", kind, "middle"): group(loss) for kind, loss in (("Factored", 4.1), ("SASP", 4.2))
+    }
+    (line,) = reasons(middle, half).splitlines()
+    assert "Vanilla 5.20, Factored 5.00, SASP 4.50" in line
+    assert "(4.20 and 4.10)" in line
+    curve = {("A5", "Vanilla", "small"): group(4.0), ("A5", "Vanilla", "middle"): group(3.0)}
+    curve["A3", "Vanilla", "middle"] = group(3.5)
+    (line,) = reasons(curve, {}).splitlines()
+    assert "worth 42% of the compute" in line
+    assert reasons({("A0", "SASP", "middle"): group(4.5, 2)}, {}) == ""
