@@ -23,9 +23,8 @@ Learning rates were chosen on the validation split with seed 0, which is not rep
 chosen again at the middle budget, for it and the large one: SASP's A0 had come apart at the 4e-3
 that all its students from random weights were given, and ended 1.1 nats worse than at 2e-3. Its
 runs, Vanilla's A0 at the small budget, and SASP's A1 and Factored's A0 at the middle one were taken
-out and made again. A3's best rate
-is the same at both. The others take their relatives' rates; blocks of inherited students were tried
-at 2, 3, 6 and 12 e-3.
+out; all but SASP's single A1 were made again at once. The others take their relatives' rates;
+blocks of inherited students were tried at 2, 3, 6 and 12 e-3.
 
 The way from training from scratch to the teacher is asked of students with half of the teacher's
 parameters. It was measured on the main table's at first, which have 31 to 34 % of them; the table

@@ -79,13 +79,11 @@ def check_stages_learn(
         modules = [stage.student.model, *stage.modules().values()]
         with torch.random.fork_rng(), preserved_modes(*modules):
             torch.manual_seed(0)
-            losses = _overfit(stage, batch, precision, device)
+            losses = _losses_until_learnt(stage, batch, precision, device)
         first, best = losses[0], min(filter(math.isfinite, losses), default=math.nan)
         steps = len(losses) - 1
-        logger.info(
-            "%s on one small batch: loss %.4g, and %.4g within %d steps.",
-            *(stage.name, first, best, steps),
-        )
+        how = f"{best:.4g} after {steps} step{'s' * (steps > 1)}" if steps else "nothing to learn"
+        logger.info("%s on one small batch: loss %.4g, %s.", stage.name, first, how)
         if not _has_learnt(first, best):
             raise InputError(
                 f"{stage.name} cannot learn: on one small batch its loss went from {first:.4g} to"
@@ -99,7 +97,9 @@ def _has_learnt(first: float, loss: float) -> bool:
     return first <= ALREADY_LEARNT or loss < (1 - MUST_FALL_BY) * first
 
 
-def _overfit(stage: Stage, batch: Batch, precision: Precision, device: torch.device) -> list[float]:
+def _losses_until_learnt(
+    stage: Stage, batch: Batch, precision: Precision, device: torch.device
+) -> list[float]:
     """The losses before the first step and after each, until one shows that the stage learns."""
     for parameter in stage.student.model.parameters():
         parameter.requires_grad_(False)

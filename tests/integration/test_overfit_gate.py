@@ -54,7 +54,7 @@ def test_a_stage_is_asked_no_longer_than_until_it_has_shown_that_it_learns(
 ) -> None:
     caplog.set_level("INFO")
     trainer_of(tmp_path, tiny_student()).train(1, 1e-3)
-    said = re.findall(r"loss (\S+), and (\S+) within (\d+) steps", caplog.text)
+    said = re.findall(r"loss (\S+), (\S+) after (\d+) steps?\.", caplog.text)
     assert len(said) == tiny_student().config.n_layer + 1
     assert all(float(best) < 0.9 * float(first) and 0 < int(n) < 40 for first, best, n in said)
 
